@@ -1,0 +1,68 @@
+"""Feature Separation and Recalibration for any timm image model.
+
+Importing the package registers the variants `<architecture>_fsr` in timm. What needs accelerate, datasets or
+jsonargparse is imported when it is first used.
+"""
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from timm_fsr import models as _models  # noqa: F401  (registers the timm variants)
+from timm_fsr.attacks import FGSM, PGD, attack_mode
+from timm_fsr.convert import convert_official
+from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
+from timm_fsr.objectives import AT, Natural
+from timm_fsr.pixels import PixelModel
+from timm_fsr.sites import attach, detach, reattach, record
+
+if TYPE_CHECKING:
+    from timm_fsr.data import ImageData, load_data
+    from timm_fsr.engine import train
+    from timm_fsr.evaluation import evaluate
+    from timm_fsr.hub import save_pretrained
+    from timm_fsr.recipe import Recipe
+    from timm_fsr.report import Report
+
+_LATER = {
+    "ImageData": "data",
+    "Recipe": "recipe",
+    "Report": "report",
+    "evaluate": "evaluation",
+    "load_data": "data",
+    "save_pretrained": "hub",
+    "train": "engine",
+}
+
+__all__ = [
+    "AT",
+    "FGSM",
+    "FSR",
+    "PGD",
+    "FeatureLayer",
+    "ImageData",
+    "Natural",
+    "PixelModel",
+    "Recipe",
+    "Report",
+    "attach",
+    "attack_mode",
+    "convert_official",
+    "detach",
+    "evaluate",
+    "list_layers",
+    "load_data",
+    "reattach",
+    "record",
+    "register_layer",
+    "save_pretrained",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use what `import timm_fsr` leaves out."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -1,0 +1,112 @@
+"""The contract of a feature layer, and the registry that finds one by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+Aux = dict[str, Tensor]
+
+
+class FeatureLayer(nn.Module):
+    """Maps an NCHW feature map to another of the same shape, with auxiliary outputs on the side.
+
+    A subclass takes `channels` (of the feature map) and `num_classes` (0: unknown, then it has no auxiliary
+    classifier), and after these keyword arguments of its own, each with a default and a plain value (number,
+    string, bool or None), so that a checkpoint's `config.json` can hold them all.
+
+    Attributes:
+        name: registry name; the key prefix of the weights and of the loss terms.
+        default_at: the place its paper puts it, as the `at` of `timm_fsr.attach`.
+        wants_aux: set by the site before each forward pass: whether anybody will look at the auxiliary
+            outputs. A layer skips what only they need when it is False.
+    """
+
+    name: ClassVar[str]
+    default_at: ClassVar[tuple[int | str, ...]] = (-1,)
+    wants_aux: bool = True
+
+    def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Aux]:
+        """Map `feature` (N, C, H, W) to a tensor of the same shape and dtype; works with `labels=None`.
+
+        Returns:
+            The new feature map, and named auxiliary tensors ({} when `wants_aux` is False).
+        """
+        raise NotImplementedError
+
+    def aux_losses(self, aux: Aux, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Weighted scalar loss terms by name, from `aux`, the model's `logits` (N, classes) and `labels` (N,)."""
+        return {}
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give auxiliary classifiers fresh weights for `num_classes` classes (0: none); others do nothing."""
+
+    def resolved_args(self) -> dict[str, Any]:
+        """Every keyword argument the layer was built with, defaults included, as plain values."""
+        return {key: getattr(self, key) for key in layer_defaults(type(self))}
+
+
+LayerClass = TypeVar("LayerClass", bound=type[FeatureLayer])
+_LAYERS: dict[str, type[FeatureLayer]] = {}
+
+
+def register_layer(layer: LayerClass) -> LayerClass:
+    """Class decorator that makes a feature layer known by its `name`.
+
+    Raises:
+        ValueError: the name is missing, no identifier, or taken by another class.
+    """
+    name = getattr(layer, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"{layer.__name__}.name is {name!r}; give the class a `name` that is an identifier")
+    known = _LAYERS.get(name)
+    if known is not None and known.__qualname__ != layer.__qualname__:
+        raise ValueError(f"a feature layer named {name!r} is registered already ({known.__qualname__}); choose another")
+    _LAYERS[name] = layer
+    return layer
+
+
+def list_layers() -> list[str]:
+    """Names of the registered feature layers, sorted."""
+    return sorted(_LAYERS)
+
+
+def layer_class(name: str) -> type[FeatureLayer]:
+    """The registered feature layer called `name`.
+
+    Raises:
+        ValueError: no such layer; the message names the nearest.
+    """
+    if name not in _LAYERS:
+        raise ValueError(unknown("feature layer", name, list_layers()))
+    return _LAYERS[name]
+
+
+def layer_defaults(layer: type[FeatureLayer]) -> dict[str, Any]:
+    """The layer's own keyword arguments with their default values."""
+    parameters = inspect.signature(layer).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_layer_args(layer: type[FeatureLayer], args: Mapping[str, Any]) -> None:
+    """Refuse arguments that `layer` does not have.
+
+    Raises:
+        ValueError: an unknown argument; the message names the nearest.
+    """
+    known = list(layer_defaults(layer))
+    for key in args:
+        if key not in known:
+            raise ValueError(unknown(f"argument of the feature layer {layer.name!r}", key, known))
+
+
+def unknown(what: str, given: str, known: list[str]) -> str:
+    """One sentence for an unknown name: what was given, the nearest known names, and all when they are few."""
+    nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    listing = f" (known: {', '.join(known)})" if len(known) <= 12 else ""
+    return f"unknown {what} {given!r}{hint}{listing}"

@@ -1,0 +1,166 @@
+"""Feature Separation and Recalibration (Kim et al., CVPR 2023, arXiv 2303.13846)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+
+
+@register_layer
+class FSR(FeatureLayer):
+    """Splits a feature map by a learned mask and recalibrates its non-robust part.
+
+    With S the separation network, R the recalibration network, f the feature map (paper, equations 1 to 7):
+
+        m   = Gumbel-sigmoid(S(f); tau)     one value in [0, 1] per element of (C, H, W)
+        f+  = m * f                         robust part
+        f-  = (1 - m) * f                   non-robust part
+        f~  = f- + (1 - m) * R(f-)          recalibrated part
+        out = f+ + f~
+
+    The mask is noisy exactly when `self.training` (and `noise`), else it is sigmoid(S(f) / tau). One linear head
+    on the pooled f+, f- and f~ gives the auxiliary logits of the losses. The mask, its logits and the auxiliary
+    logits are float32 also under autocast.
+
+    Args:
+        channels: C of the feature map.
+        num_classes: classes of the auxiliary head; 0 builds none (then there are no auxiliary losses).
+        hidden: width of S and R between their three 3x3 convolutions; 64 in the paper.
+        tau: temperature of the Gumbel softmax, > 0; 0.1 in the paper.
+        separation_weight: weight of the separation loss (lambda_sep, 1 in the paper).
+        recalibration_weight: weight of the recalibration loss (lambda_rec, 1 in the paper).
+        noise: draw Gumbel noise while training.
+        feature_norm: normalise what S and R see over C, H, W (GroupNorm with one group), for backbones that hand
+            over signed, un-normalised features; not in the paper.
+
+    Raises:
+        ValueError: a width, temperature or weight out of range.
+    """
+
+    name: ClassVar[str] = "fsr"
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        hidden: int = 64,
+        tau: float = 0.1,
+        separation_weight: float = 1.0,
+        recalibration_weight: float = 1.0,
+        noise: bool = True,
+        feature_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden={hidden} must be at least 1: it is the width of two convolutions")
+        if not tau > 0:
+            raise ValueError(f"tau={tau} must be positive: it divides the mask's logits")
+        if min(separation_weight, recalibration_weight) < 0:
+            raise ValueError(
+                f"separation_weight={separation_weight}, recalibration_weight={recalibration_weight}: "
+                "loss weights must be 0 or more"
+            )
+        self.channels = channels
+        self.hidden = hidden
+        self.tau = tau
+        self.separation_weight = separation_weight
+        self.recalibration_weight = recalibration_weight
+        self.noise = noise
+        self.feature_norm = feature_norm
+        self.norm = nn.GroupNorm(1, channels) if feature_norm else nn.Identity()
+        self.separation = _three_convolutions(channels, hidden)
+        self.recalibration = _three_convolutions(channels, hidden)
+        self.head: nn.Linear | None = None
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the auxiliary head by a fresh one for `num_classes` classes (0: none)."""
+        weight = self.separation[0].weight
+        self.head = nn.Linear(self.channels, num_classes).to(weight.device, weight.dtype) if num_classes else None
+
+    def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Aux]:
+        """Separate and recalibrate `feature` (N, C, H, W).
+
+        Returns:
+            The recalibrated feature map, and with `wants_aux` the `mask` (N, C, H, W) in [0, 1] and the
+            `robust_logits`, `nonrobust_logits`, `recalibrated_logits` (N, classes), all float32.
+        """
+        mask_logits = self.separation(self.norm(feature)).float()
+        if self.training and self.noise:
+            mask_logits = mask_logits + logistic_noise(mask_logits)
+        mask = torch.sigmoid(mask_logits / self.tau)
+        keep = mask.to(feature.dtype)
+        robust = keep * feature
+        nonrobust = feature - robust
+        recalibrated = nonrobust + (1 - keep) * self.recalibration(self.norm(nonrobust)).to(feature.dtype)
+        aux: Aux = {}
+        if self.wants_aux:
+            aux["mask"] = mask
+            if self.head is not None:
+                aux["robust_logits"] = self._classify(robust)
+                aux["nonrobust_logits"] = self._classify(nonrobust)
+                aux["recalibrated_logits"] = self._classify(recalibrated)
+        return robust + recalibrated, aux
+
+    def aux_losses(self, aux: Aux, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Separation loss (paper, equation 4) and recalibration loss (equation 6), weighted, means over the batch.
+
+        The non-robust part is taught the strongest wrong class of the main `logits`.
+        """
+        if self.head is None:
+            raise ValueError(
+                "this FSR layer has no auxiliary head because the model has num_classes=0; "
+                "call model.reset_classifier(number_of_classes) before training"
+            )
+        if logits.shape[1] != self.head.out_features:
+            raise ValueError(
+                f"the model gives {logits.shape[1]} logits but FSR's auxiliary head {self.head.out_features}; "
+                "change the number of classes with model.reset_classifier(), which resets both"
+            )
+        separation = F.cross_entropy(aux["robust_logits"], labels)
+        separation = separation + F.cross_entropy(aux["nonrobust_logits"], strongest_wrong_class(logits, labels))
+        recalibration = F.cross_entropy(aux["recalibrated_logits"], labels)
+        return {
+            "separation": self.separation_weight * separation,
+            "recalibration": self.recalibration_weight * recalibration,
+        }
+
+    def _classify(self, feature: Tensor) -> Tensor:
+        assert self.head is not None
+        return self.head(feature.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
+
+
+def logistic_noise(like: Tensor) -> Tensor:
+    """Standard logistic noise of `like`'s shape, dtype and device.
+
+    It is the difference of two Gumbel variables, so one draw does what the paper's two do: the first entry of
+    softmax([(log s + g1) / tau, (log(1 - s) + g2) / tau]) is sigmoid((logit(s) + g1 - g2) / tau).
+    """
+    uniform = torch.rand_like(like)
+    tiny = torch.finfo(like.dtype).tiny
+    return uniform.clamp_min(tiny).log() - (1 - uniform).clamp_min(torch.finfo(like.dtype).eps / 2).log()
+
+
+def strongest_wrong_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """For each row of `logits` (N, classes) the highest-scoring class that is not in `labels` (N,)."""
+    true_class = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.detach().masked_fill(true_class, float("-inf")).argmax(dim=1)
+
+
+def _three_convolutions(channels: int, hidden: int) -> nn.Sequential:
+    """The shape of S and R: two convolution-BN-ReLU blocks of width `hidden`, and a convolution back to C."""
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 3, padding=1, bias=False),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, hidden, 3, padding=1, bias=False),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, channels, 3, padding=1, bias=False),
+    )

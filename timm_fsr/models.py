@@ -1,0 +1,210 @@
+"""Registered variants: every supported timm architecture with a feature layer on it, as a timm entrypoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.layers import is_scriptable
+from timm.models import DefaultCfg, PretrainedCfg, get_pretrained_cfg, model_entrypoint
+from timm.models._builder import (
+    _resolve_pretrained_source,
+    load_state_dict,
+    load_state_dict_from_hf,
+    load_state_dict_from_path,
+    load_state_dict_from_url,
+    pretrained_cfg_for_features,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import FeatureGetterNet
+from timm.models._registry import register_model
+from torch import Tensor, nn
+
+from timm_fsr import backbones as _backbones  # noqa: F401  (registers the CIFAR-size networks)
+from timm_fsr.sites import At, LayerGroup, attach, layer_groups
+
+__all__: list[str] = []  # timm's registry adds every entrypoint
+default_cfgs: dict[str, DefaultCfg] = {}
+
+# Layers that get a variant of every architecture.
+VARIANT_LAYERS = ("fsr",)
+
+# Architectures that have no place for a feature layer, and why (benchmarks/architectures.py finds them).
+UNSUPPORTED: dict[str, str] = {}
+
+# The official place of a layer where it is not the last stage: (architecture, layer) -> at.
+OFFICIAL_PLACES: dict[tuple[str, str], tuple[int, ...]] = {("vgg16_bn_cifar", "fsr"): (3,)}
+
+# Everything in a pretrained_cfg that says where weights come from.
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+
+StateDict = dict[str, Tensor]
+
+
+def register_variants() -> None:
+    """Register `<architecture>_<layer>` in timm for each supported architecture; twice does nothing new."""
+    for base in timm.list_models():
+        for layer in VARIANT_LAYERS:
+            name = f"{base}_{layer}"
+            if base not in UNSUPPORTED and name not in globals() and not base.endswith(f"_{layer}"):
+                _register(name, base, layer)
+
+
+def build_variant(
+    base: str,
+    layer: str,
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_backbone: bool | str = False,
+    at: At = None,
+    features_only: bool = False,
+    out_indices: int | tuple[int, ...] | list[int] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build timm's `base` with `layer` on it; what `timm.create_model(f"{base}_{layer}", ...)` calls.
+
+    Args:
+        base: a timm architecture.
+        layer: a registered feature layer.
+        pretrained: load weights of the whole model, layer included.
+        pretrained_cfg: tag or configuration that says where those are, as in `timm.create_model`.
+        pretrained_cfg_overlay: fields that replace those of the configuration.
+        pretrained_backbone: load timm's weights of `base` (True: its default tag, or a tag) under a fresh layer.
+        at: see `timm_fsr.attach`.
+        features_only: return the feature extractor that timm returns, with the layer at work inside.
+        out_indices: of the features wanted.
+        cache_dir: where downloads are kept.
+        **kwargs: arguments of the layer, prefixed by its name (`fsr_tau=0.2`); the others go to timm's entrypoint.
+
+    Raises:
+        ValueError: an unknown layer argument or place, or weights that hold no such layer.
+        RuntimeError: `pretrained=True` where no weights of the whole model exist.
+    """
+    variant = f"{base}_{layer}"
+    if is_scriptable():
+        raise ValueError(f"{variant} uses forward hooks, which torch.jit.script does not support; use torch.export")
+    layer_args = {key.removeprefix(f"{layer}_"): kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{layer}_")}
+    source_args = kwargs.get("pretrained_model_args") or {}
+    if pretrained or "pretrained_backbone" in source_args:  # a saved model's own weights replace its backbone's
+        pretrained_backbone = False
+    config = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    state = _load_weights(variant, config, cache_dir) if pretrained else {}
+    own, backbone = _split(state, f"{layer}.")
+    if pretrained and not own:
+        raise ValueError(
+            f"the weights for {variant} hold no {layer!r} layer; for plain {base} weights under a fresh layer use "
+            "pretrained_backbone=True (timm's), or build without weights and load_state_dict(..., strict=False)"
+        )
+    overlay = {key: value for key, value in config.items() if key not in (*_SOURCES, "architecture", "tag")}
+    overlay |= {**dict.fromkeys(_SOURCES), "custom_load": False, "state_dict": backbone or None}
+    model = model_entrypoint(base)(
+        pretrained=pretrained or bool(pretrained_backbone),
+        pretrained_cfg=pretrained_backbone if isinstance(pretrained_backbone, str) else None,
+        pretrained_cfg_overlay=pretrained_cfg_overlay if pretrained_backbone else overlay,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    if pretrained_backbone:
+        model.pretrained_cfg.pop("state_dict", None)
+    else:
+        model.pretrained_cfg = {key: value for key, value in config.items() if key != "state_dict"} | {
+            "architecture": base
+        }
+    model.default_cfg = model.pretrained_cfg
+    attach(model, layer, at=at if at is not None else OFFICIAL_PLACES.get((base, layer)), layer_args=layer_args)
+    if pretrained:
+        _load_layer(getattr(model, layer), own, config["num_classes"], model.num_classes)
+    if features_only:
+        return _features(model, base, out_indices, kwargs)
+    return model
+
+
+def _register(name: str, base: str, layer: str) -> None:
+    """Make a module-level entrypoint called `name`, with the base's configuration less its weights."""
+    config = get_pretrained_cfg(base) or PretrainedCfg()
+    bare = dataclasses.replace(config, **dict.fromkeys(_SOURCES), custom_load=False, architecture=name, tag=None)
+    default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": bare})
+    entrypoint = _entrypoint(base, layer)
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    globals()[name] = register_model(entrypoint)
+
+
+def _entrypoint(base: str, layer: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_variant(base, layer, pretrained=pretrained, **kwargs)
+
+    return build
+
+
+def _load_weights(variant: str, config: dict[str, Any], cache_dir: str | None) -> StateDict:
+    """The state dict of the whole model from wherever `config` says; never unpickles code."""
+    kind, where = _resolve_pretrained_source(config)
+    if not kind:
+        raise RuntimeError(
+            f"no weights of the whole model {variant!r} exist under this name; use pretrained_backbone=True for "
+            "timm's weights under a fresh layer, or a tag, a hub id or a folder that has them"
+        )
+    if kind == "state_dict":
+        return dict(where)
+    if kind == "file":
+        return load_state_dict(where, weights_only=True)
+    if kind == "url":
+        return load_state_dict_from_url(where, map_location="cpu", weights_only=True, model_dir=cache_dir)
+    if kind == "local-dir":
+        return load_state_dict_from_path(where, weights_only=True)
+    location = where if isinstance(where, (tuple, list)) else (where,)
+    return load_state_dict_from_hf(*location, weights_only=True, cache_dir=cache_dir)
+
+
+def _split(state: StateDict, prefix: str) -> tuple[StateDict, StateDict]:
+    """The entries under `prefix`, without it, and the others."""
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return own, {key: value for key, value in state.items() if not key.startswith(prefix)}
+
+
+def _load_layer(group: LayerGroup, state: StateDict, source_classes: int, classes: int) -> None:
+    """Load the layers' weights strictly; auxiliary heads for another number of classes start afresh."""
+    if source_classes != classes:
+        group.reset_classifier(source_classes)
+    try:
+        group.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "the weights do not fit the feature layer this model was built with; build it with the arguments and "
+            f"places of its config.json: {error}"
+        ) from error
+    if source_classes != classes:
+        group.reset_classifier(classes)
+
+
+def _features(
+    model: nn.Module, base: str, out_indices: int | tuple[int, ...] | list[int] | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    """A getter over the finished model: timm's other feature classes would drop the layers at the root."""
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"{base} has no forward_intermediates, so features_only cannot keep its feature layer; "
+            "use the classification model and hook what you need"
+        )
+    if out_indices is None:
+        with torch.device("meta"):
+            defaults = model_entrypoint(base)(pretrained=False, features_only=True, **kwargs)
+        out_indices = defaults.feature_info.out_indices
+    # timm prunes a final norm that its getter is not asked for; a site may sit on it.
+    norm = any(site.path == "norm" for group in layer_groups(model) for site in group.sites)
+    features = FeatureGetterNet(model, out_indices=out_indices, norm=norm)
+    features.pretrained_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+    features.default_cfg = features.pretrained_cfg
+    features.in_chans = getattr(model, "in_chans", None)
+    features._traits = dict(getattr(model, "_traits", {}))
+    return features
+
+
+register_variants()
