@@ -1,0 +1,363 @@
+"""Image classification data in [0, 1]: read through `datasets`, decoded once, augmented in batch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from timm_fsr.sources import EMBEDDED, Rows, open_rows
+
+__all__ = [
+    "EMBEDDED",
+    "Augmentation",
+    "ImageData",
+    "derive_generator",
+    "epoch_batches",
+    "epoch_order",
+    "epoch_steps",
+    "load_data",
+    "random_crop_flip",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images with one label each, held as one uint8 tensor.
+
+    Attributes:
+        images: uint8 tensor (N, C, H, W); `batch` and `batches` give it as floats in [0, 1].
+        labels: int64 tensor (N,), 0 <= label < len(classes), on the device of `images`.
+        classes: the name of each class.
+        name: where the images came from, for logs and reports.
+
+    Raises:
+        ValueError: the tensors have other types, shapes or ranges than these.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"images must be a uint8 tensor (N, C, H, W), got {self.images.dtype} with shape "
+                f"{tuple(self.images.shape)}; scale to 0..255 and convert with .to(torch.uint8)"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels must be an int64 tensor with one label for each of {len(self.images)} images, got "
+                f"{self.labels.dtype} with shape {tuple(self.labels.shape)}; use .long() and match lengths"
+            )
+        if self.images.numel() == 0:
+            raise ValueError(f"{self.name} has no images; check the source, the split and the limit")
+        _check_range(self.labels, len(self.classes), self.name)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, whether or not each has an image here."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of a SHA-256 over shape, pixels and labels."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def take(self, indices: Tensor) -> ImageData:
+        """The images at `indices`, an int64 tensor (M,), in that order."""
+        indices = indices.to(self.images.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def head(self, count: int) -> ImageData:
+        """The first `count` images, or all if there are fewer."""
+        return replace(self, images=self.images[:count], labels=self.labels[:count])
+
+    def subset(self, count: int, *, seed: int = 0) -> ImageData:
+        """`count` images drawn by `seed`, each class in its share, in their order here.
+
+        Raises:
+            ValueError: `count` is not between 1 and the number of images.
+        """
+        return self if count == len(self) else self.split(count, seed=seed)[1]
+
+    def split(self, held_out: int | float, *, seed: int = 0) -> tuple[ImageData, ImageData]:
+        """Two disjoint parts (rest, held out), each class in its share in both, in their order here.
+
+        Args:
+            held_out: the number of images (int) or the fraction of them (float in (0, 1)) in the second part.
+            seed: with the labels the only thing that decides which images are held out.
+
+        Raises:
+            ValueError: one part would be empty.
+        """
+        count = round(held_out * len(self)) if isinstance(held_out, float) else held_out
+        if not 0 < count < len(self):
+            raise ValueError(
+                f"cannot hold out {held_out} of the {len(self)} images of {self.name}; "
+                f"use a count from 1 to {len(self) - 1} or a fraction between 0 and 1"
+            )
+        chosen = _stratified(self.labels.cpu(), count, seed)
+        rest = torch.ones(len(self), dtype=torch.bool).index_fill_(0, chosen, False).nonzero().flatten()
+        drawn = f"{count} of {len(self)}, seed {seed}"
+        return (
+            replace(self.take(rest), name=f"{self.name} without held-out ({drawn})"),
+            replace(self.take(chosen), name=f"{self.name} held-out ({drawn})"),
+        )
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Float images (M, C, H, W) in [0, 1] and int64 labels (M,) at `indices`, an int64 tensor (M,)."""
+        picked = self.take(indices)
+        return picked.images.float().div_(255), picked.labels
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in [0, 1] and labels in natural order; the last batch may be smaller."""
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield images.float().div_(255), labels
+
+
+def load_data(
+    source: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: Sequence[str] | None = None,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> ImageData:
+    """Reads and decodes one split of an image classification data set.
+
+    Args:
+        source: `"fashion_mnist"` (inside this package); a Parquet file, a glob of them or a folder with
+            `<split>-*.parquet` or `<split>/*.parquet`; a folder of images `[<split>/]<class>/<image>`; a
+            folder of IDX files as MNIST has them; else the id of a data set on the Hub.
+        split: `"train"`, `"test"` or another name that the source has. A Parquet file or glob is one split:
+            either its name begins with `split`, or `split` is left at the default.
+        config: the configuration, for a Hub data set with several.
+        image_column: the column with images; found by its usual names if not given.
+        label_column: the column with labels; found by its usual names if not given.
+        classes: class names in label order, to make a test split agree with its train split.
+        size: (height, width), or both in one number, that images are scaled (bicubic) and centre-cropped to.
+        channels: 1 for grey or 3 for RGB; whichever the images have if not given.
+        limit: the largest number of images to decode, each class in its share and always the same ones.
+        progress: show a progress bar on stderr if that is a terminal.
+
+    Returns:
+        The split on the CPU, in its stored order.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: the source, split, column, label or image cannot be read; the message says what to change.
+    """
+    if channels not in (None, 1, 3):
+        raise ValueError(
+            f"channels={channels} is neither 1 (grey) nor 3 (RGB); leave it out to keep what images have"
+        )
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no images; use 1 or more, or None for all of them")
+    box = (size, size) if isinstance(size, int) else size
+    if box is not None and min(box) < 1:
+        raise ValueError(
+            f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it"
+        )
+    rows = open_rows(
+        os.fspath(source), split, config=config, image_column=image_column, label_column=label_column
+    )
+    labels, names = _encode(rows, tuple(classes) if classes else None)
+    indices = torch.arange(len(labels))
+    name = rows.name
+    if limit is not None and limit < len(labels):
+        indices = _stratified(labels, limit, seed=0)
+        name = f"{name} limited to {limit}"
+    images = rows.decode(indices.tolist(), size=box, channels=channels, progress=progress)
+    return ImageData(images, labels[indices], names, name)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop after zero padding and random horizontal flip: `augmentation(images, generator)`.
+
+    Attributes:
+        padding: pixels added on each side before the crop, 0 or more.
+        flip: whether half of the images are mirrored.
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augments (N, C, H, W) images, each by its own draw from `generator`."""
+        return random_crop_flip(images, padding=self.padding, flip=self.flip, generator=generator)
+
+
+def random_crop_flip(
+    images: Tensor, *, padding: int = 4, flip: bool = True, generator: torch.Generator
+) -> Tensor:
+    """Pads with zeros, crops back to size at random and mirrors at random, each image by its own draw.
+
+    Args:
+        images: uint8 or float tensor (N, C, H, W).
+        padding: pixels added on each side.
+        flip: whether half of the images are mirrored.
+        generator: the only source of randomness; one on the CPU draws the same for images on any device.
+
+    Returns:
+        A new tensor like `images`.
+    """
+    count, channels, height, width = images.shape
+    device = images.device
+    offsets = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=generator.device).to(
+        device
+    )
+    rows = offsets[0] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device).expand(count, width)
+    if flip:
+        mirrored = torch.rand(count, 1, generator=generator, device=generator.device).to(device) < 0.5
+        columns = torch.where(mirrored, width - 1 - columns, columns)
+    columns = offsets[1] + columns
+    padded = F.pad(images, (padding,) * 4)
+    pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+    pixels = pixels.view(count, 1, height * width).expand(count, channels, -1)
+    return padded.flatten(2).gather(2, pixels).view(images.shape)
+
+
+def derive_generator(
+    seed: int, epoch: int, step: int, rank: int, device: torch.device | str = "cpu", stream: str = "augment"
+) -> torch.Generator:
+    """A generator on `device` whose state depends on (stream, seed, epoch, step, rank) and on nothing else.
+
+    `stream` names a use of randomness ("augment", "attack", "model"), so that one use never shifts another.
+    """
+    digest = hashlib.sha256(f"{stream}/{seed}/{epoch}/{step}/{rank}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
+    """A permutation of 0..count-1 as an int64 tensor (count,), drawn from (seed, epoch) only."""
+    return torch.randperm(count, generator=derive_generator(seed, epoch, 0, 0, stream="order"))
+
+
+def epoch_steps(count: int, batch_size: int, *, world_size: int = 1, drop_last: bool = True) -> int:
+    """The number of batches that `epoch_batches` gives each rank in one epoch."""
+    whole, remainder = divmod(count, batch_size * world_size)
+    return whole + (not drop_last and remainder >= world_size)
+
+
+def epoch_batches(
+    count: int,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    drop_last: bool = True,
+) -> Iterator[Tensor]:
+    """The image indices of each step of one epoch for one rank, as int64 tensors (batch_size,).
+
+    Global batch b is order[b*B*W:(b+1)*B*W] of `epoch_order`; rank r takes the r-th of its W equal slices.
+
+    Args:
+        count: the number of images.
+        batch_size: B, images per rank and step.
+        seed: with `epoch` the only thing that decides the order.
+        epoch: see `seed`.
+        rank: r, this process, 0 <= r < W.
+        world_size: W, the number of processes.
+        start_step: the first step to give; skipping the ones before costs nothing.
+        drop_last: leave out a last global batch that is not full; otherwise ranks share it as evenly as they
+            can, and it is left out only if it has fewer images than there are ranks.
+
+    Raises:
+        ValueError: the epoch has no step, not that many steps, or there is no such rank.
+    """
+    steps = epoch_steps(count, batch_size, world_size=world_size, drop_last=drop_last)
+    if steps == 0:
+        raise ValueError(
+            f"{count} images do not fill one batch of {batch_size} on {world_size} process(es); "
+            "use a smaller batch_size, more images or drop_last=False"
+        )
+    if not (0 <= rank < world_size and 0 <= start_step <= steps):
+        raise ValueError(
+            f"rank={rank} of {world_size} and start_step={start_step} of {steps} are out of range; "
+            "a run resumes with the batch size, the data and the number of processes it began with"
+        )
+    parts = epoch_order(count, seed=seed, epoch=epoch).split(batch_size * world_size)
+    return (part.tensor_split(world_size)[rank] for part in parts[start_step:steps])
+
+
+def _encode(rows: Rows, classes: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """Int64 labels and class names, in the order of `classes` if given."""
+    kinds = {type(label) for label in rows.labels}
+    if kinds == {str}:
+        names = tuple(sorted(set(map(str, rows.labels))))
+        position = {label: number for number, label in enumerate(names)}
+        labels = torch.tensor([position[str(label)] for label in rows.labels])
+    elif kinds == {int}:
+        labels = torch.tensor(rows.labels)
+        names = rows.classes or classes or tuple(map(str, range(int(labels.max()) + 1)))
+    else:
+        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise ValueError(
+            f"{rows.name} has labels of type {found}; point label_column at whole numbers or class names"
+        )
+    _check_range(labels, len(names), rows.name)
+    if classes is None or classes == names:
+        return labels, names
+    unknown = [names[number] for number in labels.unique().tolist() if names[number] not in classes]
+    if unknown:
+        raise ValueError(
+            f"{rows.name} has classes that are not among those given; add to classes: {', '.join(unknown)}"
+        )
+    moved = torch.tensor([classes.index(label) if label in classes else -1 for label in names])
+    return moved[labels], classes
+
+
+def _check_range(labels: Tensor, num_classes: int, name: str) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"{name} has labels from {low} to {high} but {num_classes} classes, so labels must be in "
+            f"0..{num_classes - 1}; use a split with labels, or give every class a name"
+        )
+
+
+def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` sorted positions in `labels`, each class within one of its exact share."""
+    totals = labels.bincount()
+    share = totals * count
+    quotas = share // len(labels)
+    missing = count - int(quotas.sum())
+    quotas[(share % len(labels)).argsort(descending=True, stable=True)[:missing]] += 1
+    shuffled = torch.randperm(len(labels), generator=derive_generator(seed, 0, 0, 0, stream="split"))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    place = torch.arange(len(labels)) - (totals.cumsum(0) - totals).repeat_interleave(totals)
+    return by_class[place < quotas.repeat_interleave(totals)].sort().values
