@@ -1,0 +1,8 @@
+"""`accelerate launch recipes/train.py --config recipe.yaml [--optim.epochs=5 ...]`: train by a recipe."""
+
+import sys
+
+from timm_fsr.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`python -m timm_fsr` is the command `timm-fsr`."""
+
+import sys
+
+from timm_fsr.cli import main
+
+sys.exit(main())

@@ -1,0 +1,215 @@
+"""Gradient attacks in Linf and L2 balls; they maximise any loss they are handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from timm_fsr.pixels import check_images
+
+LossFunction = Callable[[Tensor], Tensor]
+NORMS = ("linf", "l2")
+
+
+class Attack(Protocol):
+    """Anything that turns images (N, C, H, W) in [0, 1] into adversarial ones, given a loss to maximise."""
+
+    @property
+    def eps(self) -> float:
+        """Radius of the ball, in pixels of [0, 1]."""
+
+    def __call__(self, loss_fn: LossFunction, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Adversarial images of the same shape, in [0, 1] and within eps of `images`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """Projected gradient descent (Madry et al., 2018, arXiv 1706.06083): ascends the loss, projects, repeats.
+
+    Attributes:
+        norm: "linf" or "l2".
+        eps: radius of the ball, in pixels of [0, 1]; 0 returns the images.
+        steps: number of gradient steps.
+        step_size: length of a step; None means 2.5 * eps / steps (0.25 * eps for the 10 steps of the FSR paper).
+        random_start: begin at a uniformly random point of the ball.
+        restarts: independent runs; each image keeps the one with the highest loss.
+
+    Raises:
+        ValueError: an unknown norm, or a number out of range.
+    """
+
+    norm: str = "linf"
+    eps: float = 8 / 255
+    steps: int = 10
+    step_size: float | None = None
+    random_start: bool = True
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r} is unknown; use one of {', '.join(map(repr, NORMS))}")
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"eps={self.eps} must be 0 or more: it is a radius in pixels of [0, 1], such as 8/255")
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError(f"steps={self.steps} and restarts={self.restarts} must be at least 1")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size={self.step_size} must be positive, or None for 2.5 * eps / steps")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts} without random_start would repeat the same run")
+
+    def with_eps(self, eps: float) -> PGD:
+        """The same attack in another ball, with the step in proportion."""
+        scale = eps / self.eps if self.eps else 1.0
+        return replace(self, eps=eps, step_size=None if self.step_size is None else self.step_size * scale or None)
+
+    def __call__(self, loss_fn: LossFunction, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Attack `images`.
+
+        Args:
+            loss_fn: maps images (N, C, H, W) to what is to be maximised, one value per image (N,); a scalar (their
+                sum) does without restarts. Sum, not mean: half precision would lose small gradients.
+            images: (N, C, H, W) in [0, 1].
+            generator: of the random starts, on the images' device; torch's default generator when left out.
+
+        Returns:
+            Adversarial images, detached, in [0, 1] and within eps of `images`.
+
+        Raises:
+            ValueError: images out of [0, 1] or of another dtype, or a loss of another shape.
+        """
+        check_images(images)
+        if self.eps == 0:
+            return images.detach().clone()
+        best = self._run(loss_fn, images, generator)
+        if self.restarts == 1:
+            return best
+        best_loss = self._losses(loss_fn, best)
+        for _ in range(self.restarts - 1):
+            candidate = self._run(loss_fn, images, generator)
+            loss = self._losses(loss_fn, candidate)
+            better = loss > best_loss
+            best = torch.where(better.view(-1, 1, 1, 1), candidate, best)
+            best_loss = torch.where(better, loss, best_loss)
+        return best
+
+    def _run(self, loss_fn: LossFunction, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        images = images.detach()
+        step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        adversarial = images
+        if self.random_start:
+            adversarial = self._project(images + random_in_ball(images, self.norm, self.eps, generator), images)
+        for _ in range(self.steps):
+            gradient = input_gradient(loss_fn, adversarial)
+            adversarial = self._project(adversarial + step_size * _ascent_direction(gradient, self.norm), images)
+        return adversarial
+
+    def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """The nearest point of the ball, then of [0, 1]; overwrites `adversarial`."""
+        if self.norm == "linf":
+            adversarial = torch.clamp(adversarial, images - self.eps, images + self.eps, out=adversarial)
+        else:
+            delta = adversarial - images
+            adversarial = images + delta * (self.eps / _norms(delta).clamp_min(self.eps))
+        return adversarial.clamp_(0, 1)
+
+    @torch.no_grad()
+    def _losses(self, loss_fn: LossFunction, images: Tensor) -> Tensor:
+        losses = loss_fn(images)
+        if losses.shape != images.shape[:1]:
+            raise ValueError(
+                f"restarts={self.restarts} needs one loss per image, but loss_fn returned shape "
+                f"{tuple(losses.shape)} for {len(images)} images; use reduction='none'"
+            )
+        return losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM:
+    """Fast gradient sign method (Goodfellow et al., 2015, arXiv 1412.6572): one step of eps, no random start.
+
+    Attributes:
+        norm: "linf", or "l2" (one step along the normalised gradient).
+        eps: radius of the ball, in pixels of [0, 1].
+
+    Raises:
+        ValueError: an unknown norm or a negative eps.
+    """
+
+    norm: str = "linf"
+    eps: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        self._as_pgd()
+
+    def with_eps(self, eps: float) -> FGSM:
+        """The same attack in another ball."""
+        return replace(self, eps=eps)
+
+    def __call__(self, loss_fn: LossFunction, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Attack `images`; see `PGD.__call__`."""
+        return self._as_pgd()(loss_fn, images, generator=generator)
+
+    def _as_pgd(self) -> PGD:
+        return PGD(norm=self.norm, eps=self.eps, steps=1, step_size=self.eps or None, random_start=False)
+
+
+@contextmanager
+def attack_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode (running BN statistics, no noise, no dropout) and frozen parameters while an attack runs.
+
+    Training flags and `requires_grad` are restored one by one at the end, also after an exception.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def input_gradient(loss_fn: LossFunction, images: Tensor) -> Tensor:
+    """Gradient of the summed loss with respect to `images`, also inside `torch.no_grad`; nothing else is touched."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_(True)
+        loss = loss_fn(images)
+        if loss.shape not in ((), images.shape[:1]):
+            raise ValueError(
+                f"loss_fn returned shape {tuple(loss.shape)} for {len(images)} images; "
+                "return one loss per image (N,) or their sum"
+            )
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on the images; loss_fn must call the model on its argument")
+        (gradient,) = torch.autograd.grad(loss.sum(), images)
+    return gradient
+
+
+def random_in_ball(like: Tensor, norm: str, eps: float, generator: torch.Generator | None = None) -> Tensor:
+    """A uniformly random point of the ball of radius eps, for each image of the shape of `like` (N, C, H, W)."""
+    if norm == "linf":
+        return torch.empty_like(like).uniform_(-eps, eps, generator=generator)
+    direction = torch.empty_like(like).normal_(generator=generator)
+    uniform = torch.empty(len(like), 1, 1, 1, device=like.device, dtype=like.dtype).uniform_(generator=generator)
+    radius = eps * uniform ** (1 / like[0].numel())
+    return direction * (radius / _norms(direction).clamp_min(torch.finfo(like.dtype).tiny))
+
+
+def _ascent_direction(gradient: Tensor, norm: str) -> Tensor:
+    """The unit step that raises the loss most: the sign in Linf, the normalised gradient in L2."""
+    if norm == "linf":
+        return gradient.sign()
+    return gradient / _norms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def _norms(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

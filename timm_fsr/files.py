@@ -1,0 +1,61 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A scratch folder whose files replace those of `folder` when the block ends well; else nothing changes.
+
+    Each file is on the disk before the first one is moved, and moves atomically.
+
+    Raises:
+        OSError: the files could not be written; the message says that the old ones are untouched.
+    """
+    target = folder.absolute()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=target))
+    except OSError as error:
+        raise _failed(target, error) from error
+    try:
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for path in sorted(scratch.iterdir()):
+            path.replace(target / path.name)
+    except OSError as error:
+        raise _failed(target, error) from error
+    except Exception as error:
+        if "os error" not in str(error).lower():  # safetensors wraps a full disk in an exception of its own
+            raise
+        raise _failed(target, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically.
+
+    Raises:
+        OSError: see `staged`.
+    """
+    with staged(path.parent) as scratch:
+        (scratch / path.name).write_text(text, encoding="utf-8")
+
+
+def _failed(target: Path, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or error
+    return OSError(
+        getattr(error, "errno", None),
+        f"could not write to {target} ({reason}); what was there before is untouched: free space, check the "
+        "permissions or choose another folder",
+    )

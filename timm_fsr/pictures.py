@@ -1,0 +1,119 @@
+"""Pictures of what an attack does to images and to FSR's mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from timm_fsr.attacks import PGD
+from timm_fsr.objectives import attack_cross_entropy
+from timm_fsr.pixels import as_pixel_model
+from timm_fsr.sites import record
+
+_TILE, _GAP, _LINE = 112, 10, 15
+_INK, _PAPER, _WRONG = (30, 30, 30), (255, 255, 255), (190, 30, 30)
+# Dark blue to yellow through green, readable also in grey and with any colour vision (after matplotlib's viridis).
+_RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
+
+
+def attack_picture(
+    model: nn.Module, images: Tensor, labels: Tensor, classes: Sequence[str], attack: PGD, *, seed: int = 0
+) -> Image.Image:
+    """One row per image: clean, perturbation, attacked, and the mask of the last site on both.
+
+    Args:
+        model: a timm model with a feature layer that has a `mask`, such as FSR.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,) true classes.
+        classes: their names.
+        attack: what perturbs the images.
+        seed: of the attack's random start.
+
+    Returns:
+        The picture. Masks are means over channels, in [0, 1] from dark (non-robust) to bright (robust).
+
+    Raises:
+        KeyError: no site of the model has a mask.
+    """
+    pixel_model = as_pixel_model(model).eval()
+    generator = torch.Generator(images.device).manual_seed(seed)
+    adversarial = attack_cross_entropy(pixel_model, attack, images, labels, generator=generator)
+    clean_mask, clean_classes = _mask_and_classes(pixel_model, images)
+    attacked_mask, attacked_classes = _mask_and_classes(pixel_model, adversarial)
+    noise = (adversarial - images) / (2 * attack.eps) + 0.5
+    low, high = _bounds(torch.cat([clean_mask, attacked_mask]))
+    titles = ("clean", "perturbation", "attacked", "mask, clean", "mask, attacked", "mask, difference")
+    rows = []
+    for row in range(len(images)):
+        masks = [(m[row] - low) / (high - low) for m in (clean_mask, attacked_mask)]
+        tiles = [_photo(images[row]), _photo(noise[row]), _photo(adversarial[row]), *map(_map, masks)]
+        tiles.append(_map((masks[1] - masks[0]) / 2 + 0.5))
+        truth, before, after = (int(t[row]) for t in (labels, clean_classes, attacked_classes))
+        captions = [
+            (f"seen as {classes[before]}", before == truth),
+            ("", True),
+            (f"seen as {classes[after]}", after == truth),
+        ]
+        rows.append((tiles, captions))
+    footer = (
+        f"{type(attack).__name__}, {attack.norm}, eps {attack.eps:.4g}; perturbation from -eps (black) to +eps (white); "
+        f"masks from {low:.2f} (dark) to {high:.2f} (bright), means over channels"
+    )
+    return _compose(titles, rows, footer)
+
+
+@torch.no_grad()
+def _mask_and_classes(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The last site's mask as (N, h, w), a mean over channels, and the predicted classes (N,)."""
+    with record(model) as tape:
+        predicted = model(images).argmax(dim=1)
+    masks = [vars(tape[name])["mask"] for name in tape if "mask" in vars(tape[name])]
+    if not masks:
+        raise KeyError("no site of the model has a mask; attach a layer such as 'fsr'")
+    return masks[-1].mean(dim=1), predicted
+
+
+def _bounds(masks: Tensor) -> tuple[float, float]:
+    low, high = float(masks.min()), float(masks.max())
+    return (low, high) if high - low > 1e-3 else (0.0, 1.0)
+
+
+def _photo(image: Tensor) -> Image.Image:
+    """A (C, H, W) tensor in [0, 1], grey or RGB, as a tile."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().cpu().expand(3, -1, -1).permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy()).resize((_TILE, _TILE), Image.Resampling.NEAREST)
+
+
+def _map(values: Tensor) -> Image.Image:
+    """A (h, w) tensor in [0, 1] as a coloured tile."""
+    large = F.interpolate(values.float().cpu()[None, None], size=(_TILE, _TILE), mode="nearest")[0, 0]
+    position = large.clamp(0, 1).numpy() * (len(_RAMP) - 1)
+    below = np.floor(position).astype(int).clip(0, len(_RAMP) - 2)
+    share = (position - below)[..., None]
+    colours = _RAMP[below] * (1 - share) + _RAMP[below + 1] * share
+    return Image.fromarray(colours.round().astype(np.uint8))
+
+
+def _compose(
+    titles: Sequence[str], rows: Sequence[tuple[list[Image.Image], list[tuple[str, bool]]]], footer: str
+) -> Image.Image:
+    """Lay the tiles out under their titles, with captions below each row."""
+    font = ImageFont.load_default(size=12)
+    step_x, step_y = _TILE + _GAP, _TILE + _LINE + _GAP
+    canvas = Image.new("RGB", (_GAP + len(titles) * step_x, 2 * _LINE + 2 * _GAP + len(rows) * step_y + _LINE), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        draw.text((_GAP + column * step_x, _GAP), title, fill=_INK, font=font)
+    for row, (tiles, captions) in enumerate(rows):
+        top = _GAP + 2 * _LINE + row * step_y
+        for column, tile in enumerate(tiles):
+            canvas.paste(tile, (_GAP + column * step_x, top))
+        for column, (caption, right) in enumerate(captions):
+            draw.text((_GAP + column * step_x, top + _TILE), caption, fill=_INK if right else _WRONG, font=font)
+    draw.text((_GAP, canvas.height - _LINE - _GAP // 2), footer, fill=_INK, font=ImageFont.load_default(size=11))
+    return canvas

@@ -1,0 +1,441 @@
+"""A recipe: one training run as data, read from YAML and the command line, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import timm
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import register_type
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+from timm_fsr.attacks import PGD
+from timm_fsr.data import Augmentation, ImageData, load_data
+from timm_fsr.evaluation import build_attack
+from timm_fsr.hub import load
+from timm_fsr.layers import layer_class
+from timm_fsr.layers.base import check_layer_args, unknown
+from timm_fsr.objectives import OBJECTIVES, Objective
+from timm_fsr.sites import attach, layer_groups
+
+if TYPE_CHECKING:
+    Number = float
+else:
+
+    class Number(float):
+        """A float that may be written as a fraction, such as 8/255."""
+
+
+def parse_number(value: Any) -> float:
+    """A float from a number or from text such as "1e-3" or "8/255".
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return Number(Fraction(value.replace(" ", ""))) if isinstance(value, str) and "/" in value else Number(value)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{value!r} is no number; write 0.03, 1e-3 or 8/255") from error
+
+
+register_type(Number, serializer=float, deserializer=parse_number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model that is trained.
+
+    Attributes:
+        name: a timm architecture, or a trained model ("local-dir:folder", "hf-hub:user/name").
+        layer: the feature layer to put on it ("fsr"); null trains it as it is.
+        at: places, as in `timm_fsr.attach`; null takes the layer's own.
+        layer_args: keyword arguments of the layer.
+        args: further keyword arguments of `timm.create_model`.
+        pretrained: start from timm's weights of the backbone.
+    """
+
+    name: str = "resnet_tiny_cifar"
+    layer: str | None = "fsr"
+    at: list[int | str] | None = None
+    layer_args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError for a model, layer, place or argument that does not exist, without building weights."""
+        if self.layer is not None:
+            check_layer_args(layer_class(self.layer), self.layer_args)
+        elif self.layer_args or self.at is not None:
+            raise ValueError("model.at and model.layer_args describe a feature layer, but model.layer is null; set it")
+        if ":" in self.name:
+            return
+        if not timm.is_model(self.name.split(".")[0]):
+            raise ValueError(unknown("model.name", self.name, timm.list_models()))
+        with torch.device("meta"):
+            dataclasses.replace(self, pretrained=False).build(num_classes=10)
+
+    def build(self, *, num_classes: int, channels: int | None = None) -> nn.Module:
+        """The model for `num_classes` classes of images with `channels` channels.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        arguments = {"num_classes": num_classes, "in_chans": channels, **self.args}
+        if ":" in self.name:
+            model = load(self.name, **arguments)
+            if self.layer is None or any(
+                site.layer.name == self.layer for g in layer_groups(model) for site in g.sites
+            ):
+                return model
+            return attach(model, self.layer, at=self.at, layer_args=self.layer_args)
+        variant = f"{self.name.split('.')[0]}_{self.layer}"
+        if self.layer is None or not timm.is_model(variant):
+            model = load(self.name, pretrained=self.pretrained, **arguments)
+            return model if self.layer is None else attach(model, self.layer, at=self.at, layer_args=self.layer_args)
+        arguments |= {f"{self.layer}_{key}": value for key, value in self.layer_args.items()}
+        tag = self.name.partition(".")[2]
+        return load(variant, at=self.at, pretrained_backbone=self.pretrained and (tag or True), **arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where images come from and how they are augmented.
+
+    Attributes:
+        source: see `timm_fsr.data.load_data`, as are the next seven.
+        config: configuration of a Hub data set.
+        train_split: name of the training split.
+        test_split: name of the test split.
+        image_column: null finds it.
+        label_column: null finds it.
+        size: side that images are scaled and cropped to; null keeps theirs.
+        channels: 1 or 3; null keeps theirs.
+        limit_train: use at most so many training images, balanced.
+        limit_test: use at most so many test images, balanced.
+        held_out: training images held out, balanced, to choose the best checkpoint by robust accuracy.
+        crop_padding: pixels of padding of the random crop.
+        flip: mirror half of the training images.
+    """
+
+    source: str = "fashion_mnist"
+    config: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    size: int | None = None
+    channels: int | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    held_out: int = 1000
+    crop_padding: int = 4
+    flip: bool = True
+
+    def build(self, *, seed: int, progress: bool = True) -> tuple[ImageData, ImageData]:
+        """Training and held-out validation images; the split is drawn from `seed`."""
+        return self._load(self.train_split, self.limit_train, None, progress).split(self.held_out, seed=seed)
+
+    def build_test(self, classes: Sequence[str] | None = None, *, progress: bool = True) -> ImageData:
+        """Test images, in their stored order."""
+        return self._load(self.test_split, self.limit_test, classes, progress)
+
+    def augmentation(self) -> Augmentation:
+        """The training augmentation."""
+        return Augmentation(padding=self.crop_padding, flip=self.flip)
+
+    def _load(self, split: str, limit: int | None, classes: Sequence[str] | None, progress: bool) -> ImageData:
+        return load_data(
+            self.source,
+            split,
+            config=self.config,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            classes=classes,
+            size=self.size,
+            channels=self.channels,
+            limit=limit,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions:
+    """The attack that training images are made with: PGD.
+
+    Attributes:
+        norm: "linf" or "l2".
+        eps: radius in pixels of [0, 1]; fractions such as 8/255 may be written so.
+        steps: gradient steps.
+        step_size: null means 2.5 * eps / steps.
+        random_start: begin at a random point of the ball.
+    """
+
+    norm: str = "linf"
+    eps: Number = 8 / 255
+    steps: int = 10
+    step_size: Number | None = None
+    random_start: bool = True
+
+    def build(self) -> PGD:
+        """The attack."""
+        return PGD(**dataclasses.asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """The training method.
+
+    Attributes:
+        name: "at" (adversarial training) or "natural".
+        args: keyword arguments of the objective, such as label_smoothing.
+    """
+
+    name: str = "at"
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Objective:
+        """The objective.
+
+        Raises:
+            ValueError: an unknown name or argument.
+        """
+        if self.name not in OBJECTIVES:
+            raise ValueError(unknown("objective.name", self.name, sorted(OBJECTIVES)))
+        objective = OBJECTIVES[self.name]
+        known = [entry.name for entry in dataclasses.fields(objective)]
+        for key in self.args:
+            if key not in known:
+                raise ValueError(unknown(f"argument of the objective {self.name!r}", key, known))
+        return objective(**self.args)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """The optimizer, its schedule and its length.
+
+    Attributes:
+        optimizer: a timm optimizer; "sgd" has Nesterov momentum in timm, "momentum" is plain SGD with momentum.
+        lr: peak learning rate.
+        momentum: of SGD.
+        weight_decay: per step.
+        decay_all: decay norm layers and biases too, as the FSR paper's code does; else matrices alone.
+        epochs: passes over the training images.
+        batch_size: images per step, over all processes.
+        schedule: "step" (times `gamma` at each milestone), "cosine" to 0, "one_cycle" (linear up, then down to
+            0) or "constant".
+        milestones: epochs at which "step" lowers the rate.
+        gamma: factor of "step".
+        warmup: share of the run that "one_cycle" and "cosine" spend rising from 0.
+        ema_decay: of an exponential moving average of the weights, which is then validated and saved; 0 is none.
+    """
+
+    optimizer: str = "momentum"
+    lr: Number = 0.1
+    momentum: Number = 0.9
+    weight_decay: Number = 5e-4
+    decay_all: bool = True
+    epochs: int = 100
+    batch_size: int = 128
+    schedule: Literal["step", "cosine", "one_cycle", "constant"] = "step"
+    milestones: list[Number] = field(default_factory=lambda: [75, 90])
+    gamma: Number = 0.1
+    warmup: Number = 0.0
+    ema_decay: Number = 0.0
+
+    def check(self) -> None:
+        """Raise ValueError for a number out of range or an unknown optimizer."""
+        if self.optimizer not in list_optimizers():
+            raise ValueError(unknown("optim.optimizer", self.optimizer, list_optimizers()))
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"optim.epochs={self.epochs} and optim.batch_size={self.batch_size} must be at least 1")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"optim.lr={self.lr} must be positive and optim.weight_decay={self.weight_decay} 0 or more"
+            )
+        if not (0 <= self.ema_decay < 1 and 0 <= self.warmup < 1):
+            raise ValueError(f"optim.ema_decay={self.ema_decay} and optim.warmup={self.warmup} must lie in [0, 1)")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Timm's optimizer of that name over the model's parameters."""
+        return create_optimizer_v2(
+            model,
+            opt=self.optimizer,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            filter_bias_and_bn=not self.decay_all,
+        )
+
+    def lr_factor(self, epoch: float) -> float:
+        """What `lr` is multiplied by at a point of the run, in epochs since its start (a fraction within one)."""
+        progress = epoch / self.epochs
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "step":
+            return math.prod(self.gamma for milestone in self.milestones if epoch >= milestone)
+        if progress < self.warmup:
+            return progress / self.warmup
+        remaining = (1 - progress) / (1 - self.warmup)
+        return remaining if self.schedule == "one_cycle" else (1 - math.cos(math.pi * remaining)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What is measured: on held-out images after epochs (PGD), on test images at the end.
+
+    Attributes:
+        attacks: of the final evaluation on the test images, see `timm_fsr.evaluate`; [] leaves it out.
+        validation_steps: PGD steps of the validation attack.
+        validate_every: epochs between validations; the last epoch is always validated.
+    """
+
+    attacks: list[str] = field(default_factory=lambda: ["fgsm", "pgd20"])
+    validation_steps: int = 10
+    validate_every: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run as data.
+
+    Attributes:
+        output: folder of the results: `best/` and `last/` (checkpoints), `metrics.jsonl`, `recipe.yaml`,
+            `report.json`.
+        overwrite: replace a run that `output` holds already; else that is an error.
+        seed: decides weights, order, augmentation, attacks and noise.
+        mixed_precision: "no" (float32), "bf16" or "fp16", by Accelerate.
+        channels_last: memory format of images and convolutions; the same results up to rounding, usually faster.
+        model: see `ModelOptions`.
+        data: see `DataOptions`.
+        attack: see `AttackOptions`.
+        objective: see `ObjectiveOptions`.
+        optim: see `OptimOptions`.
+        evaluation: see `EvaluationOptions`.
+    """
+
+    output: str = "runs/latest"
+    overwrite: bool = False
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = True
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    attack: AttackOptions = field(default_factory=AttackOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a YAML recipe, then apply overrides such as "--optim.epochs=5".
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no YAML, an unknown key (the message names the nearest), or a value of another type.
+        """
+        arguments = [] if path is None else [f"--config={path}"]
+        if path is not None:
+            _check_keys(cls, _read_yaml(Path(path)), f" in {path}")
+        return parse_arguments([*arguments, *overrides])
+
+    def check(self) -> None:
+        """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""
+        self.model.check()
+        self.attack.build()
+        self.objective.build()
+        self.optim.check()
+        for name in [*self.evaluation.attacks, f"pgd{self.evaluation.validation_steps}"]:
+            build_attack(name, self.attack.norm, self.attack.eps)
+        if self.evaluation.validate_every < 1:
+            raise ValueError(f"evaluation.validate_every={self.evaluation.validate_every} must be at least 1")
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that `load` reads."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+
+def recipe_parser() -> ArgumentParser:
+    """The parser behind `timm-fsr train`: --config, and one flag per recipe key."""
+    parser = ArgumentParser(prog="timm-fsr train", exit_on_error=False, description="Train a model by a recipe.")
+    parser.add_argument("--config", action="config", help="a YAML recipe; later flags override its keys")
+    parser.add_class_arguments(Recipe, as_group=False)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> Recipe:
+    """A recipe from command-line arguments.
+
+    Raises:
+        FileNotFoundError: no such recipe file.
+        ValueError: an unknown key, or a value of another type.
+    """
+    for key, value in _flags(arguments):
+        if key == "config" and value is not None:
+            _check_keys(Recipe, _read_yaml(Path(value)), f" in {value}")
+        elif key not in ("config", "help"):
+            _check_keys(Recipe, _nested(key), "")
+    parser = recipe_parser()
+    try:
+        options = vars(parser.instantiate(parser.parse_args(list(arguments))))
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    options.pop("config", None)
+    return Recipe(**options)
+
+
+def _flags(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
+    """(key, value) of each "--key=value" or "--key value"."""
+    found: list[tuple[str, str | None]] = []
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            following = arguments[position + 1] if position + 1 < len(arguments) else None
+            found.append((key, value if equals else following))
+    return found
+
+
+def _nested(key: str) -> dict[str, Any]:
+    head, _, rest = key.removesuffix("+").partition(".")
+    return {head: _nested(rest) if rest else None}
+
+
+def _check_keys(options: Any, given: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """Refuse keys that the dataclass `options` has no field for; dictionaries inside take any key."""
+    hints = typing.get_type_hints(options)
+    for key, value in given.items():
+        if key not in hints:
+            raise ValueError(unknown(f"recipe key{where}", f"{prefix}{key}", [f"{prefix}{name}" for name in hints]))
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check_keys(hints[key], value, where, f"{prefix}{key}.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {path}; give the path of a YAML file, such as those in recipes/")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no recipe; write keys and values, such as 'seed: 0'")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return float(value) if isinstance(value, float) else value
