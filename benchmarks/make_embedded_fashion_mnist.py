@@ -35,13 +35,9 @@ FOLDER = Path(__file__).parents[1] / "timm_fsr" / "embedded" / "fashion_mnist"
 
 def main() -> None:
     """Writes one Parquet file per split."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--idx", required=True, help="folder with the four *-ubyte.gz files")
-    parser.add_argument(
-        "--out", type=Path, default=FOLDER, help="folder to write to (default: the package's)"
-    )
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: the package's)")
     options = parser.parse_args()
     for split, count in COUNTS.items():
         data = load_data(options.idx, split, classes=CLASSES).subset(count, seed=SEED)
@@ -55,9 +51,7 @@ def write(data: ImageData, path: Path) -> None:
 
     The PNGs are not compressed: Zstandard over all of them makes a smaller file than each one's own deflate.
     """
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(data.classes))}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(data.classes))})
     images = [{"bytes": png(Image.fromarray(image[0].numpy())), "path": None} for image in data.images]
     table = datasets.Dataset.from_dict({"image": images, "label": data.labels.tolist()}, features=features)
     pq.write_table(

@@ -46,9 +46,7 @@ def logits(batch: int = 4, classes: int = CLASSES) -> Tensor:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(4, 6, 6), (2, 5, 9), (3, 2, 2)])
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_the_shape_stays(
-    layer: FeatureLayer, training: bool, shape: tuple[int, int, int], with_labels: bool
-) -> None:
+def test_the_shape_stays(layer: FeatureLayer, training: bool, shape: tuple[int, int, int], with_labels: bool) -> None:
     feature = features(*shape)
     out, aux = layer.train(training)(feature, labels(shape[0]) if with_labels else None)
     assert out.shape == feature.shape
@@ -217,6 +215,20 @@ def test_an_unknown_argument_names_the_nearest(name: str) -> None:
     for key in layer_defaults(layer_class(name)):
         with pytest.raises(ValueError, match=f"{name!r} '{key}x'; did you mean .*'{key}'"):
             check_layer_args(layer_class(name), {f"{key}x": 1})
+
+
+def test_an_argument_of_another_type_is_refused(name: str) -> None:
+    for key, default in layer_defaults(layer_class(name)).items():
+        if default is not None:
+            with pytest.raises(ValueError, match=f"takes {key} as {type(default).__name__}"):
+                check_layer_args(layer_class(name), {key: [default]})
+
+
+@pytest.mark.parametrize("args", [{"tau": "1e-1"}, {"tau": True}, {"hidden": 8.0}, {"noise": 1}, {"hidden": None}])
+def test_yaml_s_favourite_mistakes_are_refused(args: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"'fsr' takes \w+ as (float|int|bool) \(default "):
+        check_layer_args(timm_fsr.FSR, args)
+    check_layer_args(timm_fsr.FSR, {"tau": 1, "hidden": 8, "noise": False})
 
 
 def test_an_unknown_layer_names_the_nearest() -> None:

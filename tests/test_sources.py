@@ -124,9 +124,7 @@ class TestParquet:
             load_data(str(tmp_path / "none-*.parquet"))
 
     def test_usual_columns_beside_others(self, tmp_path):
-        file = write_parquet(
-            tmp_path / "a.parquet", [picture(1)], [3], columns=("img", "fine_label"), coarse_label=[0]
-        )
+        file = write_parquet(tmp_path / "a.parquet", [picture(1)], [3], columns=("img", "fine_label"), coarse_label=[0])
         assert load_data(file).labels.tolist() == [3]
 
     def test_explicit_columns(self, tmp_path):
@@ -296,9 +294,7 @@ class TestUnknownSource:
         table = datasets.Dataset.from_dict({"image": [picture(5)], "label": [0]})
         asked = []
         monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *names: ["train", "test"])
-        monkeypatch.setattr(
-            datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or table
-        )
+        monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or table)
         data = load_data("user/name", "test", config="small")
         assert (data.images[0, 0, 0, 0], data.name) == (5, "user/name[test]")
         assert asked == [("user/name", "small", "test")]

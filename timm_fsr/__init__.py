@@ -4,8 +4,6 @@ Importing the package registers the variants `<architecture>_fsr` in timm. What 
 jsonargparse is imported when it is first used.
 """
 
-__version__ = "0.1.0"
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
 from timm_fsr.objectives import AT, Natural
 from timm_fsr.pixels import PixelModel
 from timm_fsr.sites import attach, detach, reattach, record
+from timm_fsr.version import __version__
 
 if TYPE_CHECKING:
     from timm_fsr.data import ImageData, load_data
@@ -46,6 +45,7 @@ __all__ = [
     "PixelModel",
     "Recipe",
     "Report",
+    "__version__",
     "attach",
     "attack_mode",
     "convert_official",

@@ -63,17 +63,21 @@ class Layout:
         Raises:
             ValueError: no grid of that many tokens fits the image.
         """
-        if image_size is None or image_size == self.image_size:
+        if image_size is None:
             if tokens == self.grid[0] * self.grid[1]:
                 return self.grid
             side = math.isqrt(tokens)
-            if image_size is None and side * side == tokens:
+            if side * side == tokens:
                 return side, side
         else:
-            rows, columns = (size * cells / full for size, cells, full in zip(image_size, self.grid, self.image_size))
-            for rounded in (math.floor, math.ceil, round):
-                if rounded(rows) * rounded(columns) == tokens:
-                    return rounded(rows), rounded(columns)
+            # Whole numbers, rounded down, up and to the nearest: torch.export can follow them for any image size.
+            for half in (0, 2, 1):
+                rows, columns = (
+                    (size * cells + half * (full - 1) // 2) // full
+                    for size, cells, full in zip(image_size, self.grid, self.image_size, strict=True)
+                )
+                if rows * columns == tokens:
+                    return rows, columns
         raise ValueError(
             f"cannot arrange {tokens} spatial tokens as a grid for an image of size {image_size}; "
             f"this layer was attached to a model that gives a {self.grid} grid for {self.image_size}"
@@ -108,7 +112,7 @@ def measure(
     return None
 
 
-def _shaped_like(grid: torch.Size, image_size: Size) -> bool:
+def _shaped_like(grid: tuple[int, ...], image_size: Size) -> bool:
     """Whether a grid has the aspect ratio of the image, up to one cell of padding."""
     rows, columns = grid
     ratio = image_size[0] / image_size[1]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,7 +26,10 @@ from timm.models._registry import register_model
 from torch import Tensor, nn
 
 from timm_fsr import backbones as _backbones  # noqa: F401  (registers the CIFAR-size networks)
-from timm_fsr.sites import At, LayerGroup, attach, layer_groups
+from timm_fsr.layers import layer_class
+from timm_fsr.layers.base import check_layer_args
+from timm_fsr.places import At
+from timm_fsr.sites import LayerGroup, attach, layer_groups
 
 __all__: list[str] = []  # timm's registry adds every entrypoint
 default_cfgs: dict[str, DefaultCfg] = {}
@@ -33,8 +37,19 @@ default_cfgs: dict[str, DefaultCfg] = {}
 # Layers that get a variant of every architecture.
 VARIANT_LAYERS = ("fsr",)
 
-# Architectures that have no place for a feature layer, and why (benchmarks/architectures.py finds them).
-UNSUPPORTED: dict[str, str] = {}
+# Architectures that get no variant, and why (benchmarks/architectures.py finds them).
+UNSUPPORTED: dict[str, str] = dict.fromkeys(
+    (
+        "deepseek_vit_412m_enc",
+        "gemma4_vit_167m_enc",
+        "gemma4_vit_570m_enc",
+        "mobilenetv5_300m_enc",
+        "qwen3_vit_306m_enc",
+        "qwen3_vit_416m_enc",
+        "qwen3_vit_88m_enc",
+    ),
+    "an encoder: it gives features, not logits",
+)
 
 # The official place of a layer where it is not the last stage: (architecture, layer) -> at.
 OFFICIAL_PLACES: dict[tuple[str, str], tuple[int, ...]] = {("vgg16_bn_cifar", "fsr"): (3,)}
@@ -59,12 +74,12 @@ def build_variant(
     layer: str,
     *,
     pretrained: bool = False,
-    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg: str | dict[str, Any] | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     pretrained_backbone: bool | str = False,
     at: At = None,
     features_only: bool = False,
-    out_indices: int | tuple[int, ...] | list[int] | None = None,
+    out_indices: int | Sequence[int] | None = None,
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -76,7 +91,8 @@ def build_variant(
         pretrained: load weights of the whole model, layer included.
         pretrained_cfg: tag or configuration that says where those are, as in `timm.create_model`.
         pretrained_cfg_overlay: fields that replace those of the configuration.
-        pretrained_backbone: load timm's weights of `base` (True: its default tag, or a tag) under a fresh layer.
+        pretrained_backbone: load timm's weights of `base` under a fresh layer: True takes the tag
+            of the model's name ("resnet50_fsr.a1_in1k") or the default one, a string names a tag.
         at: see `timm_fsr.attach`.
         features_only: return the feature extractor that timm returns, with the layer at work inside.
         out_indices: of the features wanted.
@@ -86,15 +102,21 @@ def build_variant(
     Raises:
         ValueError: an unknown layer argument or place, or weights that hold no such layer.
         RuntimeError: `pretrained=True` where no weights of the whole model exist.
+        FileNotFoundError: the configuration names a file of weights that is not there.
     """
     variant = f"{base}_{layer}"
     if is_scriptable():
         raise ValueError(f"{variant} uses forward hooks, which torch.jit.script does not support; use torch.export")
     layer_args = {key.removeprefix(f"{layer}_"): kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{layer}_")}
+    check_layer_args(layer_class(layer), layer_args)
     source_args = kwargs.get("pretrained_model_args") or {}
     if pretrained or "pretrained_backbone" in source_args:  # a saved model's own weights replace its backbone's
         pretrained_backbone = False
+    if pretrained_backbone is True and isinstance(pretrained_cfg, str):  # "resnet50_fsr.a1_in1k" names the backbone's
+        pretrained_backbone, pretrained_cfg = pretrained_cfg, None
     config = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    if pretrained or pretrained_backbone:
+        _check_file(config.get("file"))
     state = _load_weights(variant, config, cache_dir) if pretrained else {}
     own, backbone = _split(state, f"{layer}.")
     if pretrained and not own:
@@ -129,7 +151,8 @@ def build_variant(
 def _register(name: str, base: str, layer: str) -> None:
     """Make a module-level entrypoint called `name`, with the base's configuration less its weights."""
     config = get_pretrained_cfg(base) or PretrainedCfg()
-    bare = dataclasses.replace(config, **dict.fromkeys(_SOURCES), custom_load=False, architecture=name, tag=None)
+    without: dict[str, Any] = {**dict.fromkeys(_SOURCES), "custom_load": False, "architecture": name, "tag": None}
+    bare = dataclasses.replace(config, **without)
     default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": bare})
     entrypoint = _entrypoint(base, layer)
     entrypoint.__name__ = entrypoint.__qualname__ = name
@@ -143,9 +166,16 @@ def _entrypoint(base: str, layer: str) -> Callable[..., nn.Module]:
     return build
 
 
+def _check_file(file: str | None) -> None:
+    """Timm's own error for a missing file of weights says nothing."""
+    if file and not Path(file).exists():
+        raise FileNotFoundError(f"there are no weights at {str(file)!r}; give the path of a .safetensors or .pth file")
+
+
 def _load_weights(variant: str, config: dict[str, Any], cache_dir: str | None) -> StateDict:
     """The state dict of the whole model from wherever `config` says; never unpickles code."""
-    kind, where = _resolve_pretrained_source(config)
+    source: tuple[str, Any] = _resolve_pretrained_source(config)
+    kind, where = source
     if not kind:
         raise RuntimeError(
             f"no weights of the whole model {variant!r} exist under this name; use pretrained_backbone=True for "
@@ -159,8 +189,9 @@ def _load_weights(variant: str, config: dict[str, Any], cache_dir: str | None) -
         return load_state_dict_from_url(where, map_location="cpu", weights_only=True, model_dir=cache_dir)
     if kind == "local-dir":
         return load_state_dict_from_path(where, weights_only=True)
-    location = where if isinstance(where, (tuple, list)) else (where,)
-    return load_state_dict_from_hf(*location, weights_only=True, cache_dir=cache_dir)
+    if isinstance(where, (tuple, list)):  # hub id and file name
+        return load_state_dict_from_hf(where[0], where[1], weights_only=True, cache_dir=cache_dir)
+    return load_state_dict_from_hf(where, weights_only=True, cache_dir=cache_dir)
 
 
 def _split(state: StateDict, prefix: str) -> tuple[StateDict, StateDict]:
@@ -185,7 +216,7 @@ def _load_layer(group: LayerGroup, state: StateDict, source_classes: int, classe
 
 
 def _features(
-    model: nn.Module, base: str, out_indices: int | tuple[int, ...] | list[int] | None, kwargs: dict[str, Any]
+    model: nn.Module, base: str, out_indices: int | Sequence[int] | None, kwargs: dict[str, Any]
 ) -> nn.Module:
     """A getter over the finished model: timm's other feature classes would drop the layers at the root."""
     if not hasattr(model, "forward_intermediates"):
@@ -197,10 +228,11 @@ def _features(
         with torch.device("meta"):
             defaults = model_entrypoint(base)(pretrained=False, features_only=True, **kwargs)
         out_indices = defaults.feature_info.out_indices
+    indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
     # timm prunes a final norm that its getter is not asked for; a site may sit on it.
     norm = any(site.path == "norm" for group in layer_groups(model) for site in group.sites)
-    features = FeatureGetterNet(model, out_indices=out_indices, norm=norm)
-    features.pretrained_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+    features: Any = FeatureGetterNet(model, out_indices=indices, norm=norm)
+    features.pretrained_cfg = pretrained_cfg_for_features(getattr(model, "pretrained_cfg", {}))
     features.default_cfg = features.pretrained_cfg
     features.in_chans = getattr(model, "in_chans", None)
     features._traits = dict(getattr(model, "_traits", {}))

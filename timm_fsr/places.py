@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +30,13 @@ _LAST_FEATURE: dict[str, tuple[str, ...]] = {
     "TNT": ("norm", "blocks.-1.norm_out"),
     "Twins": ("blocks.-1.-1",),
 }
+# Classes whose tokens are in the order of the image in the last stage only.
+_SHUFFLED = ("Hiera",)
+_BATCH = 2  # images in the probe
 # Operations by which a token sees others; a class token reads the spatial ones through nothing else.
 _MIXING = ("Bmm", "Baddbmm", "ScaledDotProduct", "Convolution")
-_STEM_NAMES = ("act1", "bn1", "conv1", "norm1", "relu", "stem", "conv_stem", "patch_embed", "features")
+# How the names in `feature_info` begin that are a stem's and no stage's; "" is TResNet's.
+_STEM_NAMES = ("", "act1", "bn1", "conv0", "conv1", "conv_0", "conv_stem", "layer0", "stem", "stem_dct")
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,11 @@ def find_places(model: nn.Module, at: At, default_at: tuple[int | str, ...]) -> 
         return _default_places(model, probe, default_at), probe.stem
     tokens = tuple(at) if isinstance(at, (list, tuple)) else (at,)
     if not tokens:
-        raise ValueError(
-            "at=() names no place; give feature_info indices such as (-1,), 'stages' or module names"
-        )
+        raise ValueError("at=() names no place; give feature_info indices such as (-1,), 'stages' or module names")
     places = [place for token in tokens for place in _places(model, probe, token)]
-    if len({place.path for place in places}) < len(places):
-        raise ValueError(f"at={at!r} names a place twice: {', '.join(place.path for place in places)}")
+    twice = [path for path, count in Counter(place.path for place in places).items() if count > 1]
+    if twice:
+        raise ValueError(f"at={at!r} names the module {twice[0]!r} twice; name each place once")
     return places, probe.stem
 
 
@@ -102,7 +106,7 @@ def run_probe(model: nn.Module) -> Probe:
         module.register_forward_pre_hook(functools.partial(_note_stem, probe, path))
         module.register_forward_hook(functools.partial(_note_output, probe, path))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    images = torch.zeros(2, channels, *probe.image_size, dtype=dtype, device="meta", requires_grad=True)
+    images = torch.zeros(_BATCH, channels, *probe.image_size, dtype=dtype, device="meta", requires_grad=True)
     try:
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             probe.result = weightless(images.clone())
@@ -117,15 +121,15 @@ def run_probe(model: nn.Module) -> Probe:
 def _default_places(model: nn.Module, probe: Probe, default_at: tuple[int | str, ...]) -> list[Place]:
     """The layer's own default; the last stage moves back to the nearest earlier place that works."""
     info = [entry["module"] for entry in _feature_info(model)]
-    if default_at == (-1,) and info and type(model).__name__ not in _LAST_FEATURE:
+    if default_at == (-1,) and info and not _last_features(model):
         return [_first_place(model, probe, info[::-1])]
     return [place for token in default_at for place in _places(model, probe, token)]
 
 
 def _places(model: nn.Module, probe: Probe, token: int | str) -> list[Place]:
     """The places that one entry of `at` stands for."""
-    if token == -1 and type(model).__name__ in _LAST_FEATURE:
-        return [_first_place(model, probe, _last_features(model))]
+    if token == -1 and (names := _last_features(model)):
+        return [_first_place(model, probe, names)]
     return [_place(model, probe, name) for name in _names(model, token)]
 
 
@@ -142,9 +146,9 @@ def _first_place(model: nn.Module, probe: Probe, names: list[str]) -> Place:
 
 
 def _last_features(model: nn.Module) -> list[str]:
-    """The modules of `_LAST_FEATURE` that this model has."""
+    """The modules of `_LAST_FEATURE` that this model has, if its class is listed."""
     found = []
-    for pattern in _LAST_FEATURE[type(model).__name__]:
+    for pattern in _LAST_FEATURE.get(type(model).__name__, ()):
         path = ""
         for part in pattern.split("."):
             children = list(dict(model.get_submodule(path).named_children()))
@@ -161,9 +165,7 @@ def _last_features(model: nn.Module) -> list[str]:
 def _names(model: nn.Module, token: int | str) -> list[str]:
     """The module names that one entry of `at` stands for."""
     if isinstance(token, bool) or not isinstance(token, (int, str)):
-        raise ValueError(
-            f"at contains {token!r}; give feature_info indices, 'stages', 'blocks:-1' or module names"
-        )
+        raise ValueError(f"at contains {token!r}; give feature_info indices, 'stages', 'blocks:-1' or module names")
     info = [entry["module"] for entry in _feature_info(model)]
     if isinstance(token, int):
         return [_indexed(model, info, token)]
@@ -181,9 +183,7 @@ def _names(model: nn.Module, token: int | str) -> list[str]:
 
 def _indexed(model: nn.Module, info: list[str], index: int) -> str:
     if not -len(info) <= index < len(info):
-        places = (
-            ", ".join(f"{i}: {name}" for i, name in enumerate(info)) or "it has none; name modules instead"
-        )
+        places = ", ".join(f"{i}: {name}" for i, name in enumerate(info)) or "it has none; name modules instead"
         raise ValueError(f"at index {index} is not in the feature_info of {type(model).__name__} ({places})")
     return info[index]
 
@@ -193,28 +193,19 @@ def _blocks(model: nn.Module, info: list[str], token: str) -> list[str]:
     try:
         stage = _indexed(model, info, int(token.removeprefix("blocks:")))
     except ValueError as error:
-        raise ValueError(
-            f"at={token!r} does not name a stage; write 'blocks:' and an index: {error}"
-        ) from error
-    module = model.get_submodule(stage)
+        raise ValueError(f"at={token!r} does not name a stage; write 'blocks:' and an index: {error}") from error
+    module = _module(model, stage)
     for name in ("", ".blocks", ".layers"):
         container = getattr(module, name[1:], None) if name else module
         if isinstance(container, (nn.Sequential, nn.ModuleList)) and len(container):
             return [f"{stage}{name}.{child}" for child in dict(container.named_children())]
-    raise ValueError(
-        f"{stage!r} of {type(model).__name__} has no list of blocks; name modules instead of {token!r}"
-    )
+    raise ValueError(f"{stage!r} of {type(model).__name__} has no list of blocks; name modules instead of {token!r}")
 
 
 def _place(model: nn.Module, probe: Probe, name: str) -> Place:
     """Measure the place called `name`; ValueError where a feature layer would be useless or impossible."""
     where = f"{name!r} of {type(model).__name__}"
-    try:
-        path = _last_leaf(model, name)
-    except AttributeError:
-        raise ValueError(
-            f"{where} stands in its feature_info but is no module; choose a module by name"
-        ) from None
+    path = _last_leaf(model, name)
     outputs = probe.outputs.get(path, [])
     if len(outputs) != 1:
         count = f"is called {len(outputs)} times" if outputs else "is not used as a module"
@@ -222,20 +213,18 @@ def _place(model: nn.Module, probe: Probe, name: str) -> Place:
     (output,) = outputs
     entry = next((e for e in _feature_info(model) if e["module"] == name), {})
     layout = None
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) and output.shape[:1] == (_BATCH,):  # windows of an image are no image
         prefer = str(getattr(model, "output_fmt", "NCHW"))
         layout = measure(output.shape, probe.image_size, entry.get("num_chs"), entry.get("reduction"), prefer)
         layout = layout or measure(output.shape, probe.image_size, prefer=prefer)
     if layout is None:
-        given = (
-            f"of shape {tuple(output.shape)}"
-            if isinstance(output, Tensor)
-            else f"of type {type(output).__name__}"
-        )
+        given = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"of type {type(output).__name__}"
         raise ValueError(
             f"{where} gives an output {given}, not one spatial feature map for images of {probe.image_size}; "
             "choose another module by name"
         )
+    if type(model).__name__ in _SHUFFLED and layout.channels != model.num_features:
+        raise ValueError(f"{where} gives tokens in another order than the image's; choose a module of the last stage")
     _check_reach(model, probe, name, layout, output)
     return Place(name, path, layout)
 
@@ -243,11 +232,9 @@ def _place(model: nn.Module, probe: Probe, name: str) -> Place:
 def _check_reach(model: nn.Module, probe: Probe, name: str, layout: Layout, output: Tensor) -> None:
     """ValueError unless the logits depend on the spatial part of `output`."""
     site = output.grad_fn
-    reached = {narrow for node, narrow in _nodes_behind(probe.result, layout) if node is site}
+    reached = {narrow for node, narrow in _nodes_behind(probe.result, layout.prefix_tokens) if node is site}
     if not reached:
-        raise ValueError(
-            f"{name!r} of {type(model).__name__} has no influence on the logits; choose an earlier module"
-        )
+        raise ValueError(f"{name!r} of {type(model).__name__} has no influence on the logits; choose an earlier module")
     if reached == {True}:
         info = _feature_info(model)
         last = bool(info) and name == info[-1]["module"]
@@ -258,7 +245,7 @@ def _check_reach(model: nn.Module, probe: Probe, name: str, layout: Layout, outp
         )
 
 
-def _nodes_behind(result: Any, layout: Layout) -> set[tuple[Any, bool]]:
+def _nodes_behind(result: Any, prefix_tokens: int) -> set[tuple[Any, bool]]:
     """The operations `result` was computed from, each with whether it gave no more than its prefix tokens."""
     queue = [(tensor.grad_fn, False) for tensor in _tensors(result)]
     seen: set[tuple[Any, bool]] = set()
@@ -267,28 +254,35 @@ def _nodes_behind(result: Any, layout: Layout) -> set[tuple[Any, bool]]:
         if node is None or (node, narrow) in seen:
             continue
         seen.add((node, narrow))
-        narrow = _picks_prefix(node, layout) or (narrow and not node.name().startswith(_MIXING))
+        narrow = _picks_prefix(node, prefix_tokens) or (narrow and not node.name().startswith(_MIXING))
         queue += [(parent, narrow) for parent, _ in node.next_functions]
     return seen
 
 
-def _picks_prefix(node: Any, layout: Layout) -> bool:
-    """Whether an operation keeps nothing but prefix tokens of a sequence laid out as `layout`."""
-    if not layout.prefix_tokens or not node.name().startswith(("Select", "Slice")):
+def _picks_prefix(node: Any, prefix_tokens: int) -> bool:
+    """Whether an operation keeps nothing but the first `prefix_tokens` tokens, or fewer, of (N, L, C)."""
+    if not node.name().startswith(("Select", "Slice")):
         return False
-    dim, sizes = node._saved_dim, node._saved_self_sym_sizes
-    length = layout.prefix_tokens + layout.grid[0] * layout.grid[1]
     end = node._saved_end if node.name().startswith("Slice") else node._saved_index + 1
-    return dim == 1 and sizes[dim] == length and end <= layout.prefix_tokens
+    return node._saved_dim == 1 and len(node._saved_self_sym_sizes) == 3 and end <= prefix_tokens
 
 
 def _last_leaf(model: nn.Module, name: str) -> str:
     """Descend plain Sequentials to the last child: under gradient checkpointing timm calls the children."""
-    module = model.get_submodule(name)
+    module = _module(model, name)
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
         child, module = list(module.named_children())[-1]
         name = f"{name}.{child}"
     return name
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"feature_info of {type(model).__name__} names {name!r}, which is no module of it; name modules instead"
+        ) from None
 
 
 def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
@@ -309,12 +303,12 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model without its weights; the live model is not touched."""
+    """A copy of the model without its weights, nor what it caches from them; the live model is not touched."""
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"))
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for module in model.modules():
+        for tensor in _tensors(vars(module)):
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+            memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
 
 
@@ -336,7 +330,5 @@ def _note_output(probe: Probe, path: str, _module: nn.Module, _inputs: tuple[Any
 def _tensors(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
-    values = (
-        result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else ()
-    )
+    values = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else ()
     return [tensor for value in values for tensor in _tensors(value)]

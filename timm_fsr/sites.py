@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,15 +37,19 @@ class Site:
     layout: Layout
     layer: FeatureLayer
     group: LayerGroup
+    labels: Tensor | None = None  # of the last pass, for its recomputation
 
     def __call__(self, output: Tensor) -> Tensor:
         """Replace the hooked module's `output`, in its own layout, by the feature layer's."""
         tape = self.group.tape
         recomputing = _in_backward()
-        if not recomputing:  # a recomputation (gradient checkpointing) must do what the first pass did
-            self.layer.wants_aux = self.layer.training or tape is not None
+        if not recomputing:
+            self.labels = None if tape is None else tape.labels
+        # A recomputation (gradient checkpointing) must do what its pass did, though the tape is gone by then.
+        wanted = self.layer.wants_aux if recomputing else tape is not None
+        self.layer.wants_aux = self.layer.training or wanted
         feature = self.layout.to_nchw(output, self.group.image_size)
-        new, aux = self.layer(feature, None if tape is None else tape.labels)
+        new, aux = self.layer(feature, self.labels)
         if tape is not None and not recomputing:
             tape.write(self, aux)
         return self.layout.from_nchw(new, output)
@@ -72,6 +77,10 @@ class LayerGroup(nn.ModuleDict):
         for site in self.sites:
             site.layer.reset_classifier(num_classes)
 
+    def __prepare_scriptable__(self) -> None:
+        """Called by `torch.jit.script`, which would fail on the hooks with an error that names no remedy."""
+        raise ValueError("feature layers use forward hooks, which torch.jit.script does not support; use torch.export")
+
 
 class Tape(Mapping[str, SimpleNamespace]):
     """What the sites had to say during the last forward pass inside `record`.
@@ -98,7 +107,7 @@ class Tape(Mapping[str, SimpleNamespace]):
 
         Raises:
             ValueError: no labels, or auxiliary heads of another width than the logits.
-            RuntimeError: a site did not fire.
+            RuntimeError: a site did not fire, or its layer would learn nothing from these losses.
         """
         labels = self.labels if labels is None else labels
         if labels is None:
@@ -106,7 +115,10 @@ class Tape(Mapping[str, SimpleNamespace]):
         self.check_fired()
         terms: dict[str, list[Tensor]] = {}
         for site, aux in self._aux.values():
-            for name, value in site.layer.aux_losses(aux, logits.float(), labels).items():
+            losses = site.layer.aux_losses(aux, logits.float(), labels)
+            if logits.requires_grad:
+                _check_gradients(site, losses)
+            for name, value in losses.items():
                 terms.setdefault(f"{site.layer.name}.{name}", []).append(value)
         return {name: torch.stack(values).mean() for name, values in terms.items()}
 
@@ -144,7 +156,8 @@ def attach(
 ) -> Model:
     """Hook feature layers onto a timm model, in place.
 
-    Attach before `torch.compile`, DDP and optimizers. The model stays an `images -> logits` function.
+    Attach before wrapping the model (`torch.compile`, DDP) and before making optimizers. The model stays an
+    `images -> logits` function.
 
     Args:
         model: a model made by `timm.create_model`, in training or eval mode, on any device.
@@ -159,11 +172,12 @@ def attach(
 
     Raises:
         ValueError: an unknown layer, argument or place; a place with no single spatial output, or that cannot reach
-            the logits; or the layer is attached already. The model is left as it was.
+            the logits; the layer is attached already; or the model is wrapped. The model is left as it was.
     """
     cls = layer_class(layer)
     args = dict(layer_args or {})
     check_layer_args(cls, args)
+    _check_bare(model)
     if hasattr(model, layer):
         raise ValueError(
             f"the model has a member called {layer!r} already; call timm_fsr.detach(model) first to attach anew"
@@ -181,6 +195,7 @@ def attach(
     _register_first(model, layer, group)
     _hook(model, group)
     _describe(model, layer, group)
+    _forget_compiled()
     return model
 
 
@@ -193,13 +208,15 @@ def detach(model: Model) -> Model:
     root = _root(model)
     for name, group in _own_groups(root).items():
         delattr(root, name)
-        if isinstance(getattr(root, "pretrained_cfg", None), dict) and group.base_architecture:
-            root.pretrained_cfg["architecture"] = group.base_architecture
+        config = getattr(root, "pretrained_cfg", None)
+        if isinstance(config, dict) and group.base_architecture:
+            config["architecture"] = group.base_architecture
         arguments = getattr(root, "_model_args", {})
         for key in [k for k in arguments if k in ("at", "pretrained_backbone") or k.startswith(f"{name}_")]:
             del arguments[key]
     root.__dict__.pop("reset_classifier", None)
     _unhook(root)
+    _forget_compiled()
     return model
 
 
@@ -213,6 +230,7 @@ def reattach(model: Model) -> Model:
     _unhook(root)
     for group in _own_groups(root).values():
         _hook(root, group)
+    _forget_compiled()
     return model
 
 
@@ -241,7 +259,7 @@ def layer_groups(model: nn.Module) -> list[LayerGroup]:
     return [module for module in model.modules() if isinstance(module, LayerGroup)]
 
 
-def apply_sites(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def apply_sites(module: nn.Module, _: Any, output: Tensor) -> Tensor:
     """Forward hook: pass a module's output through its sites.
 
     A module-level function that finds its sites through the module, so that deepcopy, pickle and EMA copies call
@@ -256,6 +274,18 @@ def note_image_size(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Forward pre-hook of the module that first sees the image: tell the groups its height and width."""
     for group in getattr(module, _GROUPS):
         group.image_size = (inputs[0].shape[-2], inputs[0].shape[-1])
+
+
+def _check_bare(model: nn.Module) -> None:
+    """Refuse a wrapper: its own forward, or code compiled earlier, would pass by what is attached to it."""
+    if any(name in model._modules for name in ("_orig_mod", "module")):
+        raise ValueError(f"{type(model).__name__} wraps a model; attach feature layers to the model, then wrap it")
+
+
+def _forget_compiled() -> None:
+    """Let torch.compile look again: it does not notice when hooks come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _hook(model: nn.Module, group: LayerGroup) -> None:
@@ -286,10 +316,20 @@ def _unhook(model: nn.Module) -> None:
             module.__dict__.pop(attribute, None)
 
 
+def _check_gradients(site: Site, losses: dict[str, Tensor]) -> None:
+    """Refuse losses from which a layer that is being trained would silently learn nothing."""
+    trains = any(parameter.requires_grad for parameter in site.layer.parameters())
+    if trains and losses and not any(loss.requires_grad for loss in losses.values()):
+        raise RuntimeError(
+            f"the auxiliary outputs of the {site.layer.name} site at {site.path!r} were recorded without gradients, "
+            "as reentrant gradient checkpointing does; call timm.layers.set_reentrant_ckpt(False) and run it again"
+        )
+
+
 def _register_first(model: nn.Module, name: str, group: LayerGroup) -> None:
     """Register the group before the model's own members, so that the head's tensors stay the last parameters.
 
-    `timm.utils.model_parameters(exclude_head=True)` drops the last two.
+    `timm.models.model_parameters(exclude_head=True)` drops the last two.
     """
     own = dict(model._modules)
     setattr(model, name, group)
@@ -306,7 +346,7 @@ def _describe(model: nn.Module, layer: str, group: LayerGroup) -> None:
         **{f"{layer}_{key}": value for key, value in first.resolved_args().items()},
     }
     config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, dict):
+    if isinstance(config, dict) and group.base_architecture:
         config["architecture"] = f"{group.base_architecture}_{layer}"
     if hasattr(type(model), "reset_classifier"):
         model.__dict__["reset_classifier"] = functools.partial(_reset_classifier, model)
@@ -314,7 +354,7 @@ def _describe(model: nn.Module, layer: str, group: LayerGroup) -> None:
 
 def _reset_classifier(model: nn.Module, num_classes: int, *args: Any, **kwargs: Any) -> None:
     """The model's own `reset_classifier`, which then resets the auxiliary classifiers too."""
-    type(model).reset_classifier(model, num_classes, *args, **kwargs)  # type: ignore[operator]
+    type(model).reset_classifier(model, num_classes, *args, **kwargs)  # type: ignore[attr-defined]
     for group in _own_groups(model).values():
         group.reset_classifier(num_classes)
 

@@ -93,15 +93,24 @@ def layer_defaults(layer: type[FeatureLayer]) -> dict[str, Any]:
 
 
 def check_layer_args(layer: type[FeatureLayer], args: Mapping[str, Any]) -> None:
-    """Refuse arguments that `layer` does not have.
+    """Refuse arguments that `layer` does not have, or of another type than their default's.
 
     Raises:
-        ValueError: an unknown argument; the message names the nearest.
+        ValueError: an unknown argument (the message names the nearest), or a value such as "1e-3" for a float.
     """
-    known = list(layer_defaults(layer))
-    for key in args:
-        if key not in known:
-            raise ValueError(unknown(f"argument of the feature layer {layer.name!r}", key, known))
+    defaults = layer_defaults(layer)
+    for key, value in args.items():
+        if key not in defaults:
+            raise ValueError(unknown(f"argument of the feature layer {layer.name!r}", key, list(defaults)))
+        if not _same_type(value, defaults[key]):
+            kind = type(defaults[key]).__name__
+            raise ValueError(f"{layer.name!r} takes {key} as {kind} (default {defaults[key]!r}), not {value!r}")
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    """Whether `value` may stand for `default`: an int may for a float, a bool for no number, anything for None."""
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    return default is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool))
 
 
 def unknown(what: str, given: str, known: list[str]) -> str:

@@ -81,7 +81,7 @@ class FSR(FeatureLayer):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the auxiliary head by a fresh one for `num_classes` classes (0: none)."""
-        weight = self.separation[0].weight
+        weight = next(self.separation.parameters())
         self.head = nn.Linear(self.channels, num_classes).to(weight.device, weight.dtype) if num_classes else None
 
     def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Aux]:

@@ -1,0 +1,81 @@
+"""Two networks so small that a test may train, compile or export them, and a feature layer that reads labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import timm_fsr
+from timm_fsr.layers import FeatureLayer
+from timm_fsr.layers.base import _LAYERS, Aux
+
+CLASSES = 10
+
+
+def tiny_resnet(**kwargs: Any) -> nn.Module:
+    """A ResNet with BatchNorm, for images of any size; its last site is "layer4"."""
+    torch.manual_seed(0)
+    return timm.create_model("resnet_tiny_cifar", **kwargs)
+
+
+def tiny_vit(**kwargs: Any) -> nn.Module:
+    """A ViT of two blocks and a 4x4 grid for 32x32 images; its last site is "blocks.1"."""
+    torch.manual_seed(0)
+    widths = {"patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch4_32", **{**widths, **kwargs})
+
+
+def with_fsr(model: nn.Module, at: Any = None, **layer_args: Any) -> nn.Module:
+    """`model` with narrow FSR layers."""
+    torch.manual_seed(1)
+    return timm_fsr.attach(model, at=at, layer_args={"hidden": 4, **layer_args})
+
+
+def images(batch: int = 4, height: int = 32, width: int = 32) -> Tensor:
+    """The same images in each call."""
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(2))
+
+
+def labels(batch: int = 4) -> Tensor:
+    return torch.arange(batch) % CLASSES
+
+
+def total_loss(model: nn.Module) -> Tensor:
+    """Cross-entropy plus the auxiliary losses of one pass; the tape is gone when it returns."""
+    with timm_fsr.record(model, labels()) as tape:
+        logits = model(images())
+    return F.cross_entropy(logits, labels()) + sum(tape.losses(logits).values())
+
+
+class LabelScale(FeatureLayer):
+    """Scales the channels by a row of weights that the label selects; without a label by the first row."""
+
+    name = "label_scale"
+
+    def __init__(self, channels: int, num_classes: int, *, start: float = 1.0) -> None:
+        super().__init__()
+        self.start = start
+        self.rows = nn.Parameter(torch.full((num_classes + 1, channels), start))
+
+    def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Aux]:
+        rows = self.rows[:1] if labels is None else self.rows[labels + 1]
+        return feature * rows[:, :, None, None], {"rows": rows} if self.wants_aux else {}
+
+    def aux_losses(self, aux: Aux, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"size": aux["rows"].square().mean()}
+
+
+@contextmanager
+def label_scale_registered() -> Iterator[None]:
+    """Within it `LabelScale` is a layer like any other; outside it is not listed."""
+    timm_fsr.register_layer(LabelScale)
+    try:
+        yield
+    finally:
+        del _LAYERS[LabelScale.name]
