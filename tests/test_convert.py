@@ -22,9 +22,7 @@ NETWORKS = {  # official name -> our backbone, site of its FSR layer
     "wrn34_10": ("wrn34_10_cifar", "norm"),
 }
 BRANCH = {f"{index}.weight" for index in (0, 1, 3, 4, 6)} | {
-    f"{index}.{name}"
-    for index in (1, 4)
-    for name in ("bias", "running_mean", "running_var", "num_batches_tracked")
+    f"{index}.{name}" for index in (1, 4) for name in ("bias", "running_mean", "running_var", "num_batches_tracked")
 }
 
 
@@ -73,8 +71,7 @@ def test_the_plain_network_has_the_official_logits(network: str) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_used_weight_arrives_once_and_unchanged(network: str) -> None:
     official = {
-        key: torch.full(shape, float(number))
-        for number, (key, shape) in enumerate(official_keys(network).items())
+        key: torch.full(shape, float(number)) for number, (key, shape) in enumerate(official_keys(network).items())
     }
     used = {value.flatten()[0].item() for key, value in official.items() if not key.startswith("sub_block1.")}
     arrived = [value.flatten()[0].item() for value in convert_official(official).values()]
@@ -123,9 +120,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         convert_official(official)
 
 
-@pytest.mark.parametrize(
-    ("network", "key"), [("resnet18", "sub_block1.x"), ("wrn34_10", "block4.layer.0.bn1.bias")]
-)
+@pytest.mark.parametrize(("network", "key"), [("resnet18", "sub_block1.x"), ("wrn34_10", "block4.layer.0.bn1.bias")])
 def test_an_unknown_key_is_named(network: str, key: str) -> None:
     official = {**official_shapes(network), key: torch.zeros(1)}
     with pytest.raises(ValueError, match=f"unknown: {key}"):
@@ -133,9 +128,7 @@ def test_an_unknown_key_is_named(network: str, key: str) -> None:
 
 
 def test_many_differing_keys_are_counted() -> None:
-    official = {
-        key: value for key, value in official_shapes("resnet18").items() if not key.startswith("layer4.")
-    }
+    official = {key: value for key, value in official_shapes("resnet18").items() if not key.startswith("layer4.")}
     with pytest.raises(ValueError, match=r"missing: layer4\.0\.conv1\.weight, .* and \d+ more"):
         convert_official(official)
 

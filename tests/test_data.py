@@ -126,9 +126,7 @@ class TestGenerator:
     def test_depends_on_each_argument_and_on_nothing_else(self):
         places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
         states = [derive_generator(*place).initial_seed() for place in places]
-        states += [
-            derive_generator(0, 0, 0, 0, stream=stream).initial_seed() for stream in ("attack", "model")
-        ]
+        states += [derive_generator(0, 0, 0, 0, stream=stream).initial_seed() for stream in ("attack", "model")]
         assert len(set(states)) == len(states)
         torch.manual_seed(5)
         assert derive_generator(0, 0, 0, 0).initial_seed() == states[0]
@@ -143,8 +141,7 @@ class TestEpochBatches:
     def test_ranks_share_each_global_batch(self, world_size):
         order = epoch_order(50, seed=1, epoch=2)
         ranks = [
-            list(epoch_batches(50, 4, seed=1, epoch=2, rank=rank, world_size=world_size))
-            for rank in range(world_size)
+            list(epoch_batches(50, 4, seed=1, epoch=2, rank=rank, world_size=world_size)) for rank in range(world_size)
         ]
         steps = epoch_steps(50, 4, world_size=world_size)
         assert [len(rank) for rank in ranks] == [steps] * world_size
@@ -168,8 +165,7 @@ class TestEpochBatches:
 
     def test_last_batch_is_shared(self):
         ranks = [
-            list(epoch_batches(21, 4, seed=0, epoch=0, rank=rank, world_size=2, drop_last=False))
-            for rank in range(2)
+            list(epoch_batches(21, 4, seed=0, epoch=0, rank=rank, world_size=2, drop_last=False)) for rank in range(2)
         ]
         assert [[len(batch) for batch in rank] for rank in ranks] == [[4, 4, 3], [4, 4, 2]]
         assert len(set(torch.cat([*ranks[0], *ranks[1]]).tolist())) == 21
@@ -190,9 +186,7 @@ class TestAugmentation:
     @pytest.mark.parametrize("padding", [0, 2])
     def test_equals_a_loop_over_images(self, dtype, flip, padding):
         images = torch.randint(1, 256, (40, 3, 5, 7), generator=torch.Generator().manual_seed(0)).to(dtype)
-        augmented = random_crop_flip(
-            images, padding=padding, flip=flip, generator=derive_generator(0, 0, 0, 0)
-        )
+        augmented = random_crop_flip(images, padding=padding, flip=flip, generator=derive_generator(0, 0, 0, 0))
         generator = derive_generator(0, 0, 0, 0)
         tops, lefts = torch.randint(2 * padding + 1, (2, 40, 1), generator=generator)
         mirrored = torch.rand(40, generator=generator) < 0.5
@@ -206,9 +200,7 @@ class TestAugmentation:
     def test_draws_every_offset_and_both_directions(self):
         image = torch.zeros(1, 1, 5, 5, dtype=torch.uint8)
         image[..., 2, 1:3] = torch.tensor([1, 2], dtype=torch.uint8)
-        augmented = random_crop_flip(
-            image.expand(2000, 1, 5, 5), padding=1, generator=derive_generator(0, 0, 0, 0)
-        )
+        augmented = random_crop_flip(image.expand(2000, 1, 5, 5), padding=1, generator=derive_generator(0, 0, 0, 0))
         patterns, counts = augmented.flatten(1).unique(dim=0, return_counts=True)
         assert len(patterns) == 18  # nine offsets, each mirrored or not
         assert counts.min() > 2000 / 18 / 2

@@ -57,8 +57,8 @@ class PGD:
             raise ValueError(f"eps={self.eps} must be 0 or more: it is a radius in pixels of [0, 1], such as 8/255")
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"steps={self.steps} and restarts={self.restarts} must be at least 1")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size={self.step_size} must be positive, or None for 2.5 * eps / steps")
+        if self.step_size is not None and not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size={self.step_size} must be positive and finite, or None for 2.5 * eps / steps")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} without random_start would repeat the same run")
 
@@ -207,7 +207,7 @@ def random_in_ball(like: Tensor, norm: str, eps: float, generator: torch.Generat
 def _ascent_direction(gradient: Tensor, norm: str) -> Tensor:
     """The unit step that raises the loss most: the sign in Linf, the normalised gradient in L2."""
     if norm == "linf":
-        return gradient.sign()
+        return torch.where(gradient.isnan(), gradient, gradient.sign())  # sign(NaN) is 0, which would hide a fault
     return gradient / _norms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
 
 

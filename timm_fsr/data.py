@@ -177,19 +177,13 @@ def load_data(
         ValueError: the source, split, column, label or image cannot be read; the message says what to change.
     """
     if channels not in (None, 1, 3):
-        raise ValueError(
-            f"channels={channels} is neither 1 (grey) nor 3 (RGB); leave it out to keep what images have"
-        )
+        raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); leave it out to keep what images have")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no images; use 1 or more, or None for all of them")
     box = (size, size) if isinstance(size, int) else size
     if box is not None and min(box) < 1:
-        raise ValueError(
-            f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it"
-        )
-    rows = open_rows(
-        os.fspath(source), split, config=config, image_column=image_column, label_column=label_column
-    )
+        raise ValueError(f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it")
+    rows = open_rows(os.fspath(source), split, config=config, image_column=image_column, label_column=label_column)
     labels, names = _encode(rows, tuple(classes) if classes else None)
     indices = torch.arange(len(labels))
     name = rows.name
@@ -217,9 +211,7 @@ class Augmentation:
         return random_crop_flip(images, padding=self.padding, flip=self.flip, generator=generator)
 
 
-def random_crop_flip(
-    images: Tensor, *, padding: int = 4, flip: bool = True, generator: torch.Generator
-) -> Tensor:
+def random_crop_flip(images: Tensor, *, padding: int = 4, flip: bool = True, generator: torch.Generator) -> Tensor:
     """Pads with zeros, crops back to size at random and mirrors at random, each image by its own draw.
 
     Args:
@@ -233,9 +225,7 @@ def random_crop_flip(
     """
     count, channels, height, width = images.shape
     device = images.device
-    offsets = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=generator.device).to(
-        device
-    )
+    offsets = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=generator.device).to(device)
     rows = offsets[0] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(count, width)
     if flip:
@@ -326,9 +316,7 @@ def _encode(rows: Rows, classes: tuple[str, ...] | None) -> tuple[Tensor, tuple[
         names = rows.classes or classes or tuple(map(str, range(int(labels.max()) + 1)))
     else:
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
-        raise ValueError(
-            f"{rows.name} has labels of type {found}; point label_column at whole numbers or class names"
-        )
+        raise ValueError(f"{rows.name} has labels of type {found}; point label_column at whole numbers or class names")
     _check_range(labels, len(names), rows.name)
     if classes is None or classes == names:
         return labels, names

@@ -39,11 +39,11 @@ def quickstart_recipe(layer: str | None = "fsr") -> Recipe:
     """
     return Recipe(
         output=f"runs/fashion_mnist_{layer or 'plain'}",
-        model=ModelOptions(name="resnet_tiny_cifar", layer=layer, layer_args={"hidden": 16} if layer else {}),
+        model=ModelOptions(name="resnet_tiny_cifar", layer=layer, layer_args={"fsr": {"hidden": 16}}),
         data=DataOptions(source="fashion_mnist", held_out=500, crop_padding=2),
         attack=AttackOptions(eps=0.1, steps=5),
-        optim=OptimOptions(lr=0.1, epochs=4, schedule="one_cycle", warmup=0.3, decay_all=False),
-        evaluation=EvaluationOptions(attacks=["fgsm", "pgd20"], validation_steps=10),
+        optim=OptimOptions(lr=0.1, epochs=12, schedule="one_cycle", warmup=0.3, decay_all=False),
+        evaluation=EvaluationOptions(attacks=["fgsm", "pgd20"], validation_steps=10, validate_every=3),
     )
 
 

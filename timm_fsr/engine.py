@@ -9,10 +9,12 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from rich.console import Console
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -88,6 +90,7 @@ def train(recipe: Recipe) -> nn.Module:
     if accelerator.is_main_process:
         write_text(output / "recipe.yaml", recipe.to_yaml())
         write_text(output / "metrics.jsonl", "")
+        (output / "report.json").unlink(missing_ok=True)  # of the run that is overwritten
     console.print(_headline(run))
     objective, attack = recipe.objective.build(), recipe.attack.build()
     best = (-1.0, -1.0)
@@ -144,10 +147,12 @@ def _claim(recipe: Recipe) -> Path:
 def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
     """Read the data, build the model from the seed, and hand both to the devices."""
     data, held_out = recipe.data.build(seed=recipe.seed, progress=accelerator.is_main_process)
+    _check_test_split(recipe, data)
     torch.manual_seed(recipe.seed)
-    timm_model = recipe.model.build(num_classes=data.num_classes, channels=data.image_size[0])
+    timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
+    timm_model.pretrained_cfg["label_names"] = list(data.classes)
     if recipe.channels_last:
-        timm_model = timm_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        timm_model = timm_model.to(memory_format=torch.channels_last)
     timm_model.to(accelerator.device)
     pixel_model = PixelModel(timm_model).to(accelerator.device)
     ema = ModelEmaV3(timm_model, decay=recipe.optim.ema_decay) if recipe.optim.ema_decay else None
@@ -167,6 +172,18 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
     )
     _steps_per_epoch(run)
     return run
+
+
+def _check_test_split(recipe: Recipe, data: ImageData) -> None:
+    """Open the test images that are wanted at the end; ValueError if they are not there or of another kind."""
+    if not recipe.evaluation.attacks:
+        return
+    one = dataclasses.replace(recipe.data, limit_test=1).build_test(data.classes, progress=False)
+    if one.image_size[0] != data.image_size[0]:
+        raise ValueError(
+            f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "
+            "data.channels"
+        )
 
 
 def _steps_per_epoch(run: Run) -> int:
@@ -256,6 +273,8 @@ def _validate(run: Run) -> dict[str, float]:
     The timm model is evaluated, not the prepared one, so that validation runs in float32.
     """
     accelerator, recipe = run.accelerator, run.recipe
+    for buffer in run.judged.buffers():  # each process has BatchNorm statistics of its own; rank 0's are saved
+        buffer.copy_(broadcast(buffer))
     attack = f"pgd{recipe.evaluation.validation_steps}"
     mine = torch.arange(accelerator.process_index, len(run.held_out), accelerator.num_processes)
     report = evaluate(
@@ -316,8 +335,8 @@ def _training_conditions(run: Run, test: ImageData) -> dict[str, object]:
 
 def _log(run: Run, output: Path, epoch: int, metrics: dict[str, float]) -> None:
     if run.accelerator.is_main_process:
-        with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"epoch": epoch + 1, **metrics}) + "\n")
+        path = output / "metrics.jsonl"
+        write_text(path, path.read_text(encoding="utf-8") + json.dumps({"epoch": epoch + 1, **metrics}) + "\n")
         run.console.print(f"epoch {epoch + 1}/{run.recipe.optim.epochs}: {_describe(metrics)}")
 
 

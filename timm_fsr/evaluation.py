@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import timm_fsr
 from timm_fsr.attacks import FGSM, PGD, Attack, attack_mode
 from timm_fsr.data import derive_generator
+from timm_fsr.hub import base_model
 from timm_fsr.layers.base import unknown
 from timm_fsr.pixels import as_pixel_model, check_images
 from timm_fsr.report import Report
 from timm_fsr.sites import layer_groups, record
+from timm_fsr.version import __version__
 
 Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 BATCH_SIZE = 250
@@ -59,23 +60,18 @@ def evaluate(
             one finite row of logits per image, or no data.
         RuntimeError: a feature layer that does not fire.
     """
-    chosen = {attack: build_attack(attack, norm, eps) for attack in attacks}
+    chosen = _build_attacks(attacks, norm, eps)
     pixel_model = as_pixel_model(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     outcomes: dict[str, list[Tensor]] = {key: [] for key in ("clean", *chosen)}
     survivors = done = 0
     with attack_mode(pixel_model), _full_precision(device):
         for index, (images, labels) in enumerate(_batches(data)):
-            images, labels = images.to(device), labels.to(device)
-            _check_batch(pixel_model, images, labels)
-            surviving = torch.ones_like(labels, dtype=torch.bool)
-            for key, attack in (("clean", None), *chosen.items()):
-                generator = derive_generator(seed, 0, index, 0, device, stream=f"evaluate {key}")
-                candidates = images if attack is None else _attacked(attack, pixel_model, images, labels, generator)
-                correct = _predict(pixel_model, candidates) == labels
-                outcomes[key].append(correct.cpu())
-                surviving &= correct
-            done, survivors = done + len(images), survivors + int(surviving.sum())
+            correct = _outcomes(pixel_model, chosen, images.to(device), labels.to(device), seed, index)
+            for key, flags in correct.items():
+                outcomes[key].append(flags.cpu())
+            done += len(images)
+            survivors += int(torch.stack(list(correct.values())).all(dim=0).sum())
             if progress is not None:
                 progress(done, survivors)
     if not outcomes["clean"]:
@@ -104,13 +100,37 @@ def build_attack(name: str, norm: str, eps: float) -> Attack:
     raise ValueError(unknown("attack", name, ["fgsm", "pgd10", "pgd20", "pgd100"]))
 
 
+def _build_attacks(names: Sequence[str], norm: str, eps: float) -> dict[str, Attack]:
+    if isinstance(names, str):
+        raise ValueError(f"attacks={names!r} is one name where a list belongs; use [{names!r}]")
+    return {name: build_attack(name, norm, eps) for name in names}
+
+
+def _outcomes(
+    model: nn.Module, attacks: dict[str, Attack], images: Tensor, labels: Tensor, seed: int, index: int
+) -> dict[str, Tensor]:
+    """For "clean" and each attack, (N,) bool: was the image of batch number `index` classified correctly?"""
+    _check_batch(model, images, labels)
+    outcomes = {"clean": _predict(model, images, "clean") == labels}
+    for name, attack in attacks.items():
+        generator = derive_generator(seed, 0, index, 0, images.device, stream=f"evaluate {name}")
+        adversarial = _attacked(attack, model, images, labels, generator)
+        outcomes[name] = _predict(model, adversarial, name) == labels
+    return outcomes
+
+
 def _attacked(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     return attack(lambda x: F.cross_entropy(model(x), labels, reduction="none"), images, generator=generator)
 
 
 @torch.no_grad()
-def _predict(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images).argmax(dim=1)
+def _predict(model: nn.Module, images: Tensor, kind: str) -> Tensor:
+    logits = model(images)
+    if not torch.isfinite(logits).all():  # argmax would make a class of them, and perhaps the right one
+        raise ValueError(
+            f"the model returned NaN or infinite logits for {kind} images; check its weights and its gradients"
+        )
+    return logits.argmax(dim=1)
 
 
 def _batches(data: Batches) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,20 +138,27 @@ def _batches(data: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = data
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images have {len(labels)} labels; give one label per image")
-        return zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-    return iter(data)  # type: ignore[arg-type]
+        data = zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+    for batch in data:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+            raise ValueError(
+                f"data gives {type(batch).__name__} where (images, labels) belong; give two tensors or an iterable "
+                "of such pairs of tensors"
+            )
+        yield batch[0], batch[1]
 
 
 @torch.no_grad()
 def _check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     check_images(images)
+    channels = getattr(base_model(model), "in_chans", images.shape[1])
+    if images.shape[1] != channels:
+        raise ValueError(f"images have {images.shape[1]} channels but the model takes {channels}; convert the images")
     with record(model) as tape:
         logits = model(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
         raise ValueError(f"the model returned {what} for {len(images)} images; it must return logits (N, classes)")
-    if not torch.isfinite(logits).all():
-        raise ValueError("the model returned NaN or infinite logits; check its weights and the training run")
     check_images(images, labels, logits.shape[1])
     if layer_groups(model):
         tape.check_fired()
@@ -157,5 +184,5 @@ def _conditions(model: nn.Module, name: str, data_name: str, device: torch.devic
         "data": data_name,
         "precision": "float32",
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "versions": {"timm_fsr": timm_fsr.__version__, "timm": timm.__version__, "torch": torch.__version__},
+        "versions": {"timm_fsr": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }

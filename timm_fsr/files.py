@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ def staged(folder: Path) -> Iterator[Path]:
         target.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=target))
     except OSError as error:
-        raise _failed(target, error) from error
+        raise _failed(target, error.errno, error) from error
     try:
         yield scratch
         for path in sorted(scratch.iterdir()):
@@ -32,12 +33,11 @@ def staged(folder: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         for path in sorted(scratch.iterdir()):
             path.replace(target / path.name)
-    except OSError as error:
-        raise _failed(target, error) from error
     except Exception as error:
-        if "os error" not in str(error).lower():  # safetensors wraps a full disk in an exception of its own
+        number = _error_number(error)
+        if number is None:
             raise
-        raise _failed(target, error) from error
+        raise _failed(target, number, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -52,10 +52,18 @@ def write_text(path: Path, text: str) -> None:
         (scratch / path.name).write_text(text, encoding="utf-8")
 
 
-def _failed(target: Path, error: Exception) -> OSError:
+def _error_number(error: Exception) -> int | None:
+    """The system's error number; safetensors wraps a full disk in an exception of its own, which names it."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def _failed(target: Path, number: int | None, error: Exception) -> OSError:
     reason = getattr(error, "strerror", None) or error
     return OSError(
-        getattr(error, "errno", None),
+        number,
         f"could not write to {target} ({reason}); what was there before is untouched: free space, check the "
         "permissions or choose another folder",
     )

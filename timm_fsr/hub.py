@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import pickle
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-import timm_fsr
 from timm_fsr.files import staged
 from timm_fsr.layers.base import unknown
 from timm_fsr.pixels import PixelModel
 from timm_fsr.report import Report
 from timm_fsr.sites import layer_groups
+from timm_fsr.version import __version__
 
 # Options of `timm.create_model` that say where weights come from; a saved model brings its own.
 _NOT_SAVED = ("pretrained_backbone", "checkpoint_path", "cache_dir")
@@ -29,7 +32,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, report: Report | No
     Args:
         model: a timm model made by `timm.create_model`, with feature layers or without, or a PixelModel of one.
         folder: made if missing; files of these names in it are replaced, each atomically, when all are written.
-        report: written beside them as `report.json`.
+        report: written beside them as `report.json`; without one, an older one there is removed.
 
     Returns:
         The folder.
@@ -50,6 +53,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, report: Report | No
             save_config_for_hf(model, str(scratch / "config.json"), model_config={"timm_fsr": _provenance()})
             if report is not None:
                 (scratch / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        if report is None:
+            (folder / "report.json").unlink(missing_ok=True)  # it is about other weights
     finally:
         if original is not None:
             model._model_args = original
@@ -65,21 +70,35 @@ def load(name: str, **kwargs: Any) -> nn.Module:
         **kwargs: passed to `timm.create_model`.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, arguments that it does not take, or a damaged checkpoint.
         FileNotFoundError: no such folder, or no model in it.
     """
-    folder = Path(name.removeprefix("local-dir:"))
-    if name.startswith("local-dir:") or folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no config.json, so it is no saved model; give a folder that save_pretrained wrote"
-            )
-        return _create(f"local-dir:{folder}", **{"pretrained": True, **kwargs})
+    name = resolve(name)
+    return _create(name, **({"pretrained": True, **kwargs} if ":" in name else kwargs))
+
+
+def resolve(name: str) -> str:
+    """The name by which timm knows the model that `load` would build; reads no weights and asks no network.
+
+    Raises:
+        ValueError, FileNotFoundError: see `load`.
+    """
+    if timm.is_model(name.split(".")[0]):
+        return name
+    path = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") or path.is_dir():
+        _check_config(path / "config.json")
+        return f"local-dir:{path}"
+    if path.is_file():
+        raise ValueError(
+            f"{name} is a file; give a folder that save_pretrained wrote, or build the network that these weights "
+            f"belong to with checkpoint_path={name!r}"
+        )
     if ":" in name:
-        return _create(name, **{"pretrained": True, **kwargs})
-    if not timm.is_model(name.split(".")[0]):
-        raise ValueError(unknown("model", name, timm.list_models()) + "; see timm.list_models()")
-    return _create(name, **kwargs)
+        return name
+    if "/" in name:
+        raise FileNotFoundError(f"there is no folder {name}; give one that save_pretrained wrote, or a timm model name")
+    raise ValueError(unknown("model", name, timm.list_models()) + "; see timm.list_models()")
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -91,30 +110,44 @@ def base_model(model: nn.Module) -> nn.Module:
     return base_model(model.model) if isinstance(model, PixelModel) else model
 
 
+def _check_config(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} has no config.json, so it is no saved model; give a folder that save_pretrained wrote"
+        )
+    try:
+        architecture = json.loads(path.read_bytes())["architecture"]
+        known = timm.is_model(architecture)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); download or save the model again") from error
+    if not known:
+        raise ValueError(unknown(f"architecture in {path}", architecture, timm.list_models()))
+
+
 def _create(name: str, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
-    except (json.JSONDecodeError, KeyError) as error:
+    except (TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{name} cannot be built with these arguments: {_one_line(error)}") from error
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(
-            f"the configuration of {name} is damaged ({error}); download or save the model again"
+            f"the weights of {name} are missing, damaged, for another network or no plain tensors: {_one_line(error)}"
         ) from error
-    except Exception as error:
-        if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
-            raise
-        raise ValueError(
-            f"the weights of {name} are damaged or no plain tensors ({error}); download or save the model again"
-        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 400, placeholder=" ...")
 
 
 def _check_rebuildable(model: nn.Module) -> None:
+    if len(layer_groups(model)) > 1:
+        raise ValueError("a checkpoint can hold one kind of feature layer; detach and attach only one")
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not architecture or not timm.is_model(architecture):
         raise ValueError(
             f"{type(model).__name__} cannot be rebuilt from a checkpoint: {architecture!r} is no registered timm "
             "model; create the model by timm.create_model, with one kind of feature layer"
         )
-    if len(layer_groups(model)) > 1:
-        raise ValueError("a checkpoint can hold one kind of feature layer; detach and attach only one")
 
 
 def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -125,4 +158,4 @@ def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _provenance() -> dict[str, str]:
     """Versions a reader may need; timm keeps and ignores them."""
-    return {"version": timm_fsr.__version__, "timm": timm.__version__, "torch": torch.__version__}
+    return {"version": __version__, "timm": timm.__version__, "torch": torch.__version__}

@@ -16,7 +16,7 @@ class PixelModel(nn.Module):
             pixels as they are.
 
     Raises:
-        ValueError: mean and std do not fit the model's number of input channels.
+        ValueError: mean and std do not fit the model's number of input channels, or a std is not positive.
     """
 
     mean: Tensor
@@ -28,6 +28,10 @@ class PixelModel(nn.Module):
         config = getattr(model, "pretrained_cfg", None) or {}
         channels = getattr(model, "in_chans", None) or (config.get("input_size") or (3,))[0]
         mean, std = (_per_channel(config.get(key, default), channels, key) for key, default in _PLAIN.items())
+        if not (std > 0).all():  # also true for NaN
+            raise ValueError(
+                f"pretrained_cfg['std'] must be positive to divide by, but it is {std.tolist()}; correct it"
+            )
         self.is_identity = bool((mean == 0).all() and (std == 1).all())
         self.register_buffer("mean", mean.view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, -1, 1, 1), persistent=False)
@@ -45,8 +49,9 @@ def as_pixel_model(model: nn.Module) -> nn.Module:
     if any(isinstance(module, PixelModel) for module in model.modules()):
         return model
     wrapped = PixelModel(model)
+    wrapped.training = model.training  # not train(), which would set each of the model's own modules too
     parameter = next(model.parameters(), None)
-    return wrapped.train(model.training) if parameter is None else wrapped.to(parameter.device).train(model.training)
+    return wrapped if parameter is None else wrapped.to(parameter.device)
 
 
 def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int | None = None) -> None:
@@ -63,7 +68,7 @@ def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int 
         )
     if images.numel() == 0:
         raise ValueError("the batch of images is empty; give at least one image")
-    low, high = (float(value) for value in torch.aminmax(images))
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
     if not (low >= 0 and high <= 1):  # also true for NaN
         raise ValueError(
             f"images lie in [{low:.4g}, {high:.4g}] but pixels must lie in [0, 1]; do not normalise them: "
@@ -77,10 +82,12 @@ def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int 
             f"shape ({len(images)},)"
         )
     low_label, high_label = (int(value) for value in torch.aminmax(labels))
-    if low_label < 0 or (num_classes is not None and high_label >= num_classes):
+    if low_label < 0:
+        raise ValueError(f"labels run from {low_label} to {high_label}; use labels of 0 or more, one number per class")
+    if num_classes is not None and high_label >= num_classes:
         raise ValueError(
             f"labels run from {low_label} to {high_label}, but the model has {num_classes} classes "
-            f"(0 to {None if num_classes is None else num_classes - 1}); create it with num_classes={high_label + 1}"
+            f"(0 to {num_classes - 1}); create it with num_classes={high_label + 1}"
         )
 
 

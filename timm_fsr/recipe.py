@@ -9,31 +9,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import timm
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 from timm_fsr.attacks import PGD
 from timm_fsr.data import Augmentation, ImageData, load_data
 from timm_fsr.evaluation import build_attack
-from timm_fsr.hub import load
+from timm_fsr.hub import load, resolve
 from timm_fsr.layers import layer_class
 from timm_fsr.layers.base import check_layer_args, unknown
 from timm_fsr.objectives import OBJECTIVES, Objective
 from timm_fsr.sites import attach, layer_groups
 
-if TYPE_CHECKING:
-    Number = float
-else:
 
-    class Number(float):
-        """A float that may be written as a fraction, such as 8/255."""
+class _Number(float):
+    """A float that may be written as a fraction."""
+
+
+Number = _Number | float  # what jsonargparse tries first accepts "8/255"
 
 
 def parse_number(value: Any) -> float:
@@ -45,12 +46,16 @@ def parse_number(value: Any) -> float:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return Number(Fraction(value.replace(" ", ""))) if isinstance(value, str) and "/" in value else Number(value)
+        fraction = isinstance(value, str) and "/" in value
+        number = _Number(Fraction(value.replace(" ", "")) if fraction else value)
+        if not math.isfinite(number):
+            raise ValueError
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{value!r} is no number; write 0.03, 1e-3 or 8/255") from error
+    return number
 
 
-register_type(Number, serializer=float, deserializer=parse_number)
+register_type(_Number, serializer=float, deserializer=parse_number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +63,11 @@ class ModelOptions:
     """The model that is trained.
 
     Attributes:
-        name: a timm architecture, or a trained model ("local-dir:folder", "hf-hub:user/name").
-        layer: the feature layer to put on it ("fsr"); null trains it as it is.
+        name: a timm architecture, or a trained model (a folder, "local-dir:folder", "hf-hub:user/name").
+        layer: the feature layer to put on it ("fsr"); null trains it as it is. This line alone decides what is
+            compared: the next two describe layers and say nothing of a plain model.
         at: places, as in `timm_fsr.attach`; null takes the layer's own.
-        layer_args: keyword arguments of the layer.
+        layer_args: keyword arguments of each layer by its name: {fsr: {hidden: 16}}.
         args: further keyword arguments of `timm.create_model`.
         pretrained: start from timm's weights of the backbone.
     """
@@ -69,44 +75,65 @@ class ModelOptions:
     name: str = "resnet_tiny_cifar"
     layer: str | None = "fsr"
     at: list[int | str] | None = None
-    layer_args: dict[str, Any] = field(default_factory=dict)
+    layer_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
 
     def check(self) -> None:
-        """Raise ValueError for a model, layer, place or argument that does not exist, without building weights."""
-        if self.layer is not None:
-            check_layer_args(layer_class(self.layer), self.layer_args)
-        elif self.layer_args or self.at is not None:
-            raise ValueError("model.at and model.layer_args describe a feature layer, but model.layer is null; set it")
-        if ":" in self.name:
-            return
-        if not timm.is_model(self.name.split(".")[0]):
-            raise ValueError(unknown("model.name", self.name, timm.list_models()))
-        with torch.device("meta"):
-            dataclasses.replace(self, pretrained=False).build(num_classes=10)
+        """Raise ValueError for a model, layer, place or argument that does not exist, without building weights.
 
-    def build(self, *, num_classes: int, channels: int | None = None) -> nn.Module:
-        """The model for `num_classes` classes of images with `channels` channels.
+        Raises:
+            FileNotFoundError: no such folder, or no model in it.
+        """
+        for name in (*self.layer_args, *filter(None, [self.layer])):
+            check_layer_args(layer_class(name), self._args_of(name))
+        if ":" not in resolve(self.name):
+            with torch.device("meta"):
+                dataclasses.replace(self, pretrained=False).build(num_classes=10)
+
+    def build(self, *, num_classes: int, image_size: tuple[int, int, int] | None = None) -> nn.Module:
+        """The model for `num_classes` classes of images of (channels, height, width) `image_size`.
 
         Raises:
             ValueError: see `check`.
         """
-        arguments = {"num_classes": num_classes, "in_chans": channels, **self.args}
-        if ":" in self.name:
-            model = load(self.name, **arguments)
-            if self.layer is None or any(
-                site.layer.name == self.layer for g in layer_groups(model) for site in g.sites
-            ):
-                return model
-            return attach(model, self.layer, at=self.at, layer_args=self.layer_args)
-        variant = f"{self.name.split('.')[0]}_{self.layer}"
-        if self.layer is None or not timm.is_model(variant):
-            model = load(self.name, pretrained=self.pretrained, **arguments)
-            return model if self.layer is None else attach(model, self.layer, at=self.at, layer_args=self.layer_args)
-        arguments |= {f"{self.layer}_{key}": value for key, value in self.layer_args.items()}
-        tag = self.name.partition(".")[2]
-        return load(variant, at=self.at, pretrained_backbone=self.pretrained and (tag or True), **arguments)
+        name = resolve(self.name)
+        trained = ":" in name
+        arguments: dict[str, Any] = {"num_classes": num_classes, **self.args}
+        if image_size is not None:
+            if trained or self.pretrained:  # weights exist: timm adapts their first layer
+                arguments.setdefault("in_chans", image_size[0])
+            else:  # the new weights' configuration says what images they are for
+                arguments.setdefault("pretrained_cfg_overlay", _image_config(name, image_size))
+        variant = f"{name.split('.')[0]}_{self.layer}"
+        if self.layer is not None and not trained and timm.is_model(variant):
+            arguments |= {f"{self.layer}_{key}": value for key, value in self._args_of(self.layer).items()}
+            backbone = self.pretrained and (name.partition(".")[2] or True)
+            return load(variant, at=self.at, pretrained_backbone=backbone, **arguments)
+        model = load(name, **({} if trained else {"pretrained": self.pretrained}), **arguments)
+        if self.layer is None or self._has_layer(model, self.layer):
+            return model
+        return attach(model, self.layer, at=self.at, layer_args=self._args_of(self.layer))
+
+    def _has_layer(self, model: nn.Module, layer: str) -> bool:
+        """Whether the model came with the layer; ValueError if with other arguments than those asked for."""
+        present = [s.layer.resolved_args() for g in layer_groups(model) for s in g.sites if s.layer.name == layer]
+        other = present and any(present[0][key] != value for key, value in self._args_of(layer).items())
+        if other or (present and self.at is not None):
+            raise ValueError(
+                f"{self.name} has the layer {layer!r} already, built with {present[0]}; leave out model.at and "
+                f"model.layer_args.{layer}, or name a model without it"
+            )
+        return bool(present)
+
+    def _args_of(self, layer: str) -> dict[str, Any]:
+        args = self.layer_args.get(layer, {})
+        if not isinstance(args, dict):
+            raise ValueError(
+                f"model.layer_args.{layer} is {args!r}; write arguments by the name of their layer, such as "
+                "layer_args: {fsr: {hidden: 16}}"
+            )
+        return args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +169,13 @@ class DataOptions:
     held_out: int = 1000
     crop_padding: int = 4
     flip: bool = True
+
+    def check(self) -> None:
+        """Raise ValueError for a number out of range."""
+        if self.held_out < 1:
+            raise ValueError(f"data.held_out={self.held_out} must be at least 1: these images choose the checkpoint")
+        if self.crop_padding < 0:
+            raise ValueError(f"data.crop_padding={self.crop_padding} must be 0 or more")
 
     def build(self, *, seed: int, progress: bool = True) -> tuple[ImageData, ImageData]:
         """Training and held-out validation images; the split is drawn from `seed`."""
@@ -218,7 +252,10 @@ class ObjectiveOptions:
         for key in self.args:
             if key not in known:
                 raise ValueError(unknown(f"argument of the objective {self.name!r}", key, known))
-        return objective(**self.args)
+        try:
+            return objective(**self.args)
+        except TypeError as error:
+            raise ValueError(f"objective.args={self.args} has a value of another type ({error}); correct it") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,16 +293,18 @@ class OptimOptions:
 
     def check(self) -> None:
         """Raise ValueError for a number out of range or an unknown optimizer."""
-        if self.optimizer not in list_optimizers():
-            raise ValueError(unknown("optim.optimizer", self.optimizer, list_optimizers()))
+        optimizers = [str(name) for name in list_optimizers()]
+        if self.optimizer not in optimizers:
+            raise ValueError(unknown("optim.optimizer", self.optimizer, optimizers))
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"optim.epochs={self.epochs} and optim.batch_size={self.batch_size} must be at least 1")
-        if self.lr <= 0 or self.weight_decay < 0:
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):  # also true for NaN
             raise ValueError(
                 f"optim.lr={self.lr} must be positive and optim.weight_decay={self.weight_decay} 0 or more"
             )
-        if not (0 <= self.ema_decay < 1 and 0 <= self.warmup < 1):
-            raise ValueError(f"optim.ema_decay={self.ema_decay} and optim.warmup={self.warmup} must lie in [0, 1)")
+        for key in ("momentum", "ema_decay", "warmup"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"optim.{key}={getattr(self, key)} must lie in [0, 1)")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Timm's optimizer of that name over the model's parameters."""
@@ -353,13 +392,18 @@ class Recipe:
     def check(self) -> None:
         """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""
         self.model.check()
+        self.data.check()
         self.attack.build()
         self.objective.build()
         self.optim.check()
+        options = self.evaluation
+        if options.validation_steps < 1 or options.validate_every < 1:
+            raise ValueError(
+                f"evaluation.validation_steps={options.validation_steps} and "
+                f"evaluation.validate_every={options.validate_every} must be at least 1"
+            )
         for name in [*self.evaluation.attacks, f"pgd{self.evaluation.validation_steps}"]:
             build_attack(name, self.attack.norm, self.attack.eps)
-        if self.evaluation.validate_every < 1:
-            raise ValueError(f"evaluation.validate_every={self.evaluation.validate_every} must be at least 1")
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load` reads."""
@@ -385,7 +429,7 @@ def parse_arguments(arguments: Sequence[str]) -> Recipe:
         if key == "config" and value is not None:
             _check_keys(Recipe, _read_yaml(Path(value)), f" in {value}")
         elif key not in ("config", "help"):
-            _check_keys(Recipe, _nested(key), "")
+            _check_keys(Recipe, _nested(key, value), "")
     parser = recipe_parser()
     try:
         options = vars(parser.instantiate(parser.parse_args(list(arguments))))
@@ -393,6 +437,15 @@ def parse_arguments(arguments: Sequence[str]) -> Recipe:
         raise ValueError(" ".join(str(error).split())) from error
     options.pop("config", None)
     return Recipe(**options)
+
+
+def _image_config(name: str, image_size: tuple[int, int, int]) -> dict[str, Any]:
+    """The part of a timm `pretrained_cfg` that depends on the images; grey ones get the average mean and std."""
+    config = get_pretrained_cfg(name) or PretrainedCfg()
+    statistics = {"mean": config.mean, "std": config.std}
+    if len(config.mean) != image_size[0]:
+        statistics = {key: (sum(values) / len(values),) * image_size[0] for key, values in statistics.items()}
+    return {"input_size": image_size, **statistics}
 
 
 def _flags(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -406,19 +459,32 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def _nested(key: str) -> dict[str, Any]:
+def _nested(key: str, value: str | None) -> dict[str, Any]:
+    """What YAML would hold in place of a flag: {"optim": {"epochs": 5}} for "optim.epochs" and "5"."""
     head, _, rest = key.removesuffix("+").partition(".")
-    return {head: _nested(rest) if rest else None}
+    if rest:
+        return {head: _nested(rest, value)}
+    try:
+        return {head: yaml.safe_load(value or "''")}
+    except yaml.YAMLError:
+        return {head: value}
 
 
 def _check_keys(options: Any, given: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    """Refuse keys that the dataclass `options` has no field for; dictionaries inside take any key."""
+    """Refuse keys that the dataclass `options` has no field for, and null where it is no value.
+
+    Dictionaries inside take any key.
+    """
     hints = typing.get_type_hints(options)
     for key, value in given.items():
         if key not in hints:
             raise ValueError(unknown(f"recipe key{where}", f"{prefix}{key}", [f"{prefix}{name}" for name in hints]))
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"recipe key{where} '{prefix}{key}' holds {value!r}; write keys and values below it")
             _check_keys(hints[key], value, where, f"{prefix}{key}.")
+        elif value is None and type(None) not in typing.get_args(hints[key]):
+            raise ValueError(f"recipe key{where} '{prefix}{key}' is null; write a value or leave it out")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -426,7 +492,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no recipe {path}; give the path of a YAML file, such as those in recipes/")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no recipe; write keys and values, such as 'seed: 0'")

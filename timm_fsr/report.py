@@ -40,12 +40,12 @@ class Report:
     @property
     def accuracy(self) -> dict[str, float]:
         """For "clean" and each attack, the share of images classified correctly, in [0, 1]."""
-        return {name: float(outcome.float().mean()) for name, outcome in self.correct.items()}
+        return {name: _share(outcome) for name, outcome in self.correct.items()}
 
     @property
     def worst_case(self) -> float:
         """The share of images classified correctly clean and under every attack, in [0, 1]."""
-        return float(torch.stack(list(self.correct.values())).all(dim=0).float().mean())
+        return _share(torch.stack(list(self.correct.values())).all(dim=0))
 
     def interval(self, name: str) -> tuple[float, float]:
         """95 % Wilson score interval of `accuracy[name]` (`"worst_case"` as well), from the number of images."""
@@ -93,6 +93,8 @@ class Report:
             )
         except KeyError as error:
             raise ValueError(f"the report lacks the key {error}; evaluate the model again") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"the report is damaged ({error}); evaluate the model again") from error
 
     def save(self, path: str | Path) -> None:
         """Write JSON to `path`, atomically."""
@@ -107,9 +109,12 @@ class Report:
             ValueError: no such report in it.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except json.JSONDecodeError as error:
+            values = json.loads(Path(path).read_bytes())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON ({error}); evaluate the model again") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no report; evaluate the model again")
+        return cls.from_dict(values)
 
     def summary(self) -> str:
         """One line: every accuracy in percent, and the threat model."""
@@ -120,6 +125,10 @@ class Report:
     def threat(self) -> str:
         """The threat model in the field's notation: "Linf 8/255"."""
         return f"{self.norm.capitalize()} {format_eps(self.eps)}"
+
+
+def _share(outcome: Tensor) -> float:
+    return int(outcome.sum()) / len(outcome)  # exact, as a mean in float32 is not
 
 
 def format_eps(eps: float) -> str:

@@ -77,9 +77,7 @@ class Rows:
             pictures = self._read(indices[start : start + CHUNK])
             mode = mode or _mode_of(pictures)
             if channels is None and mode != _mode_of(pictures) == "RGB":
-                raise ValueError(
-                    f"{self.name} has grey and colour images; use channels=3 or channels=1 for all"
-                )
+                raise ValueError(f"{self.name} has grey and colour images; use channels=3 or channels=1 for all")
             arrays = [_pixels(picture, mode, size) for picture in pictures]
             if start == 0:
                 height, width, depth = arrays[0].shape
@@ -87,9 +85,7 @@ class Rows:
             sizes = {array.shape[:2] for array in arrays} | {tuple(images.shape[2:])}
             if len(sizes) > 1:
                 found = " and ".join(f"{height}x{width}" for height, width in sorted(sizes)[:2])
-                raise ValueError(
-                    f"{self.name} has images of different sizes, {found}; use size=(height, width)"
-                )
+                raise ValueError(f"{self.name} has images of different sizes, {found}; use size=(height, width)")
             images[start : start + CHUNK] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         return images
 
@@ -105,9 +101,7 @@ class Rows:
         if len(pictures) < len(read):
             raise ValueError(f"{self.name} has rows without an image; remove them first")
         if any(picture.mode.startswith(("I", "F")) for picture in pictures):
-            raise ValueError(
-                f"{self.name} has images of more than 8 bits per channel; convert them to 8 bits first"
-            )
+            raise ValueError(f"{self.name} has images of more than 8 bits per channel; convert them to 8 bits first")
         return pictures
 
 
@@ -152,9 +146,7 @@ def _idx_rows(folder: Path, split: str) -> Rows:
         pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(np.frombuffer(raw, ">i4", 4)[1:])
         numbers = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, len(pixels), offset=8)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(
-            f"{images} or its labels are not complete IDX files ({error}); fetch them again"
-        ) from error
+        raise ValueError(f"{images} or its labels are not complete IDX files ({error}); fetch them again") from error
     return Rows(
         f"{folder}[{split}]",
         numbers.tolist(),
@@ -191,9 +183,7 @@ def _image_folder(folder: Path, split: str) -> datasets.Dataset:
         if splits or split != "train":
             raise _unknown_split(folder, split, splits or ("train",))
         root = folder
-    classes = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     endings = set(Image.registered_extensions())
     paths = [
         (str(path), label)
@@ -252,13 +242,9 @@ def _read_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
 
 def _hub(source: str, split: str, config: str | None) -> datasets.Dataset:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) or source.endswith(".parquet"):
-        raise FileNotFoundError(
-            f"there is no file or folder {source}; check the path and the working directory"
-        )
+        raise FileNotFoundError(f"there is no file or folder {source}; check the path and the working directory")
     if difflib.get_close_matches(source.lower(), [EMBEDDED], cutoff=0.7):
-        raise ValueError(
-            f"there is no data set {source!r}; did you mean {EMBEDDED!r}, the one in this package?"
-        )
+        raise ValueError(f"there is no data set {source!r}; did you mean {EMBEDDED!r}, the one in this package?")
     import datasets
 
     try:
@@ -300,9 +286,7 @@ def _column(columns: Sequence[str], given: str | None, usual: Sequence[str], rol
     if given is not None:
         problem = f"has no column {given!r}"
     else:
-        problem = (
-            f"has {'several columns' if found else 'no column'} of the usual {role} names {', '.join(usual)}"
-        )
+        problem = f"has {'several columns' if found else 'no column'} of the usual {role} names {', '.join(usual)}"
     raise ValueError(f"{where} {problem}; set {role}_column to one of its columns: {', '.join(columns)}")
 
 

@@ -1,0 +1,400 @@
+"""Training: what a run leaves, that it can be repeated to the bit, and what stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import timm_fsr.engine
+from timm_fsr.engine import build_accelerator, train
+from timm_fsr.layers import FSR
+from timm_fsr.recipe import Recipe
+from timm_fsr.report import Report
+
+# Two epochs of three steps of 32 images; a forward pass of the network takes a millisecond per image.
+TINY = [
+    "--model.layer_args.fsr.hidden=4",
+    "--data.limit_train=120",
+    "--data.limit_test=20",
+    "--data.held_out=20",
+    "--attack.steps=2",
+    "--attack.eps=0.1",
+    "--optim.epochs=2",
+    "--optim.batch_size=32",
+    "--optim.schedule=constant",
+    "--evaluation.attacks=[fgsm]",
+    "--evaluation.validation_steps=2",
+]
+
+
+def tiny(output: Path, *flags: str) -> Recipe:
+    return Recipe.load(overrides=[*TINY, f"--output={output}", *flags])
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """One finished run: its folder and the model that `train` returned."""
+    output = tmp_path_factory.mktemp("run") / "first"
+    return output, train(tiny(output))
+
+
+class TestResults:
+    def test_the_folder_holds_everything(self, run):
+        output, _ = run
+        assert set(contents(output)) == {
+            *(f"{kind}/{file}" for kind in ("best", "last") for file in ("config.json", "model.safetensors")),
+            "best/report.json",
+            "report.json",
+            "metrics.jsonl",
+            "recipe.yaml",
+        }
+        assert not [path for path in output.rglob("*") if path.name.startswith(".writing")]
+
+    def test_there_is_a_line_per_epoch_with_every_loss_term(self, run):
+        lines = metrics(run[0])
+        assert [line["epoch"] for line in lines] == [1, 2]
+        for line in lines:
+            assert {"loss.adversarial", "loss.fsr.separation", "loss.fsr.recalibration"} <= set(line)
+            assert {"train.robust_accuracy", "lr", "seconds"} <= set(line)
+            assert all(math.isfinite(value) for value in line.values())
+            assert 0 <= line["held_out.robust_accuracy"] <= line["held_out.clean_accuracy"] <= 1
+
+    def test_the_recipe_is_written_whole(self, run):
+        assert Recipe.load(run[0] / "recipe.yaml") == tiny(run[0])
+
+    def test_the_returned_model_is_the_best_checkpoint_in_eval_mode(self, run):
+        output, model = run
+        assert not any(module.training for module in model.modules())
+        assert equal(dict(model.state_dict()), weights(output / "best"))
+        assert model.pretrained_cfg["label_names"][1] == "Trouser"
+        again = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True)
+        assert equal(dict(again.state_dict()), weights(output / "best"))
+
+    def test_the_report_is_about_the_test_images_and_says_how_the_model_came_about(self, run):
+        output, _ = run
+        report = Report.load(output / "report.json")
+        assert report.to_dict() == Report.load(output / "best" / "report.json").to_dict()
+        assert report.count == 20
+        assert list(report.correct) == ["clean", "fgsm"]
+        assert (report.norm, report.eps) == ("linf", 0.1)
+        conditions = report.conditions
+        assert conditions["model"] == "resnet_tiny_cifar_fsr"
+        assert "test" in conditions["data"]
+        assert "train" in conditions["training_data"]
+        assert "PGD-2" in conditions["checkpoint_rule"]
+        assert "held-out" in conditions["checkpoint_rule"]
+        assert "AT(" in conditions["training"]
+        assert "steps=2" in conditions["training"]
+        assert len(conditions["data_fingerprint"]) == 16
+
+    def test_every_weight_was_trained(self, run):
+        torch.manual_seed(0)
+        fresh = tiny(run[0]).model.build(num_classes=10, image_size=(1, 28, 28)).state_dict()
+        trained = weights(run[0] / "last")
+        assert not [key for key, value in fresh.items() if torch.equal(value, trained[key])]
+
+
+class TestRepeatability:
+    def test_the_same_seed_gives_the_same_weights_to_the_bit(self, run, tmp_path):
+        torch.manual_seed(123)
+        torch.rand(7)  # what happened before must not matter
+        train(tiny(tmp_path))
+        for kind in ("best", "last"):
+            assert equal(weights(tmp_path / kind), weights(run[0] / kind))
+        one, other = (
+            [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(folder)]
+            for folder in (tmp_path, run[0])
+        )
+        assert one == other
+        assert (tmp_path / "report.json").read_bytes() == (run[0] / "report.json").read_bytes()
+
+    def test_another_seed_gives_others(self, run, tmp_path):
+        train(tiny(tmp_path, "--seed=1", "--evaluation.attacks=[]"))
+        assert not torch.equal(weights(tmp_path / "last")["fc.weight"], weights(run[0] / "last")["fc.weight"])
+
+    def test_the_memory_format_is_no_part_of_the_result(self, run, tmp_path):
+        train(tiny(tmp_path, "--channels_last=false", "--evaluation.attacks=[]"))
+        one, other = metrics(tmp_path)[0], metrics(run[0])[0]
+        assert one["loss.adversarial"] == pytest.approx(other["loss.adversarial"], rel=1e-3)
+
+
+def test_training_improves_the_loss(tmp_path):
+    flags = ["--data.limit_train=620", "--optim.lr=0.05", "--optim.epochs=3", "--objective.name=natural"]
+    train(tiny(tmp_path, *flags, "--evaluation.validate_every=3", "--evaluation.attacks=[]"))
+    lines = metrics(tmp_path)
+    losses = [line["loss.natural"] for line in lines]
+    assert losses[2] < losses[0] - 0.3
+    assert lines[2]["train.robust_accuracy"] > lines[0]["train.robust_accuracy"] + 0.1
+    assert ["held_out.robust_accuracy" in line for line in lines] == [False, False, True]
+    assert {line["lr"] for line in lines} == {0.05}
+    assert not (tmp_path / "report.json").exists(), "attacks=[] leaves the evaluation out"
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[tuple[float, float]]) -> list[dict[str, Tensor]]:
+    """Let validation find these (robust, clean) accuracies; gives the weights that it saw each time."""
+    seen: list[dict[str, Tensor]] = []
+
+    def validate(run: Any) -> dict[str, float]:
+        robust, clean = accuracies[len(seen)]
+        seen.append({key: value.clone() for key, value in run.judged.state_dict().items()})
+        return {"held_out.clean_accuracy": clean, "held_out.robust_accuracy": robust}
+
+    monkeypatch.setattr(timm_fsr.engine, "_validate", validate)
+    return seen
+
+
+class TestCheckpoints:
+    def test_the_best_is_the_most_robust_then_the_most_accurate_then_the_first(self, tmp_path, monkeypatch):
+        found = [(0.2, 0.9), (0.5, 0.6), (0.5, 0.7), (0.5, 0.7), (0.4, 0.9)]
+        seen = scripted(monkeypatch, found)
+        train(tiny(tmp_path, "--optim.epochs=5", "--data.limit_train=60", "--evaluation.attacks=[]"))
+        assert [equal(weights(tmp_path / "best"), state) for state in seen] == [False, False, True, False, False]
+        assert equal(weights(tmp_path / "last"), seen[4])
+
+    def test_even_a_model_that_gets_nothing_right_is_kept(self, tmp_path, monkeypatch):
+        seen = scripted(monkeypatch, [(0.0, 0.0)] * 2)
+        train(tiny(tmp_path, "--evaluation.attacks=[]"))
+        assert equal(weights(tmp_path / "best"), seen[0])
+
+    def test_the_average_of_the_weights_is_what_is_saved(self, tmp_path, monkeypatch):
+        """After one step the average is decay * fresh + (1 - decay) * trained."""
+        flags = ["--optim.epochs=1", "--data.limit_train=60", "--evaluation.attacks=[]"]
+        averaged, plain = tmp_path / "averaged", tmp_path / "plain"
+        train(tiny(averaged, *flags, "--optim.ema_decay=0.75"))
+        train(tiny(plain, *flags))
+        torch.manual_seed(0)
+        fresh = tiny(plain).model.build(num_classes=10, image_size=(1, 28, 28))
+        for name, parameter in fresh.named_parameters():
+            expected = 0.75 * parameter.detach() + 0.25 * weights(plain / "last")[name]
+            torch.testing.assert_close(weights(averaged / "last")[name], expected)
+        assert not torch.equal(weights(plain / "last")["fc.weight"], fresh.fc.weight)
+
+
+class TestPrecision:
+    def test_bfloat16_leaves_mask_and_losses_in_float32(self, tmp_path, monkeypatch):
+        seen: dict[str, set[torch.dtype]] = {"conv": set(), "mask": set(), "aux": set(), "loss": set()}
+        aux_losses, add = FSR.aux_losses, timm_fsr.engine._add
+
+        def spy(self: FSR, aux: dict[str, Tensor], logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            seen["mask"].add(aux["mask"].dtype)
+            seen["aux"] |= {value.dtype for value in (*aux.values(), logits)}
+            return aux_losses(self, aux, logits, labels)
+
+        def spy_add(sums: dict[str, Tensor], terms: dict[str, Tensor], labels: Tensor) -> None:
+            seen["loss"] |= {value.dtype for value in terms.values()}
+            add(sums, terms, labels)
+
+        def spy_conv(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if isinstance(module, nn.Conv2d) and module.training:
+                seen["conv"].add(output.dtype)
+
+        monkeypatch.setattr(FSR, "aux_losses", spy)
+        monkeypatch.setattr(timm_fsr.engine, "_add", spy_add)
+        handle = nn.modules.module.register_module_forward_hook(spy_conv)
+        try:
+            flags = ["--mixed_precision=bf16", "--optim.epochs=1", "--data.limit_train=60"]
+            model = train(tiny(tmp_path, *flags))
+        finally:
+            handle.remove()
+        full, half = {torch.float32}, {torch.bfloat16}
+        assert seen == {"conv": half, "mask": full, "aux": full, "loss": full}
+        assert all(value.dtype == torch.float32 for value in model.parameters())
+        assert Report.load(tmp_path / "report.json").conditions["precision"] == "float32"
+
+    def test_a_run_in_another_precision_may_follow_in_the_same_process(self):
+        assert build_accelerator("bf16").mixed_precision == "bf16"
+        assert build_accelerator("no").mixed_precision == "no"
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
+    def test_fp16_on_a_cpu_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"mixed_precision='fp16' does nothing on a CPU; use 'bf16' or 'no'"):
+            train(tiny(tmp_path / "new", "--mixed_precision=fp16"))
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm_fsr.recipe.load_data", lambda *_, **__: pytest.fail("data was read"))
+
+
+class TestRefusals:
+    def test_a_finished_run_is_not_overwritten(self, run, no_data):
+        before = contents(run[0])
+        with pytest.raises(FileExistsError, match=r"holds a training run; .*--overwrite=true"):
+            train(tiny(run[0]))
+        assert contents(run[0]) == before
+
+    def test_unless_asked_and_then_nothing_old_stays(self, tmp_path):
+        first = tiny(tmp_path, "--optim.epochs=1", "--data.limit_train=60")
+        train(first)
+        assert (tmp_path / "report.json").exists()
+        before = weights(tmp_path / "last")
+        flags = ["--overwrite=true", "--seed=1", "--evaluation.attacks=[]"]
+        train(tiny(tmp_path, "--optim.epochs=1", "--data.limit_train=60", *flags))
+        assert not equal(weights(tmp_path / "last"), before)
+        assert not list(tmp_path.rglob("report.json")), "a report about other weights stayed"
+        assert len(metrics(tmp_path)) == 1
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path, no_data):
+        (tmp_path / "file").write_text("precious")
+        with pytest.raises(FileExistsError, match=r"is a file, but results need a folder; .*--output"):
+            train(tiny(tmp_path / "file"))
+        assert (tmp_path / "file").read_text() == "precious"
+
+    def test_what_the_recipe_alone_tells(self, tmp_path, no_data):
+        for flag in ("--model.layer=frs", "--attack.eps=-1", "--evaluation.attacks=[pdg20]"):
+            with pytest.raises(ValueError, match=r"did you mean|must be 0 or more"):
+                train(tiny(tmp_path / "new", flag))
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize(
+        ("flag", "message"),
+        [
+            ("--optim.batch_size=101", "100 training images do not fill a batch of 101; lower optim.batch_size"),
+            ("--data.held_out=120", "cannot hold out 120 of the 120 images"),
+            ("--data.source=nowhere.parquet", "there is no file or folder"),
+            ("--data.train_split=trian", "no split 'trian'; use one of: train, test"),
+            ("--data.test_split=tset", "no split 'tset'; use one of: train, test"),
+        ],
+    )
+    def test_what_the_data_tells(self, tmp_path, flag, message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(tiny(tmp_path / "new", flag))
+        assert not (tmp_path / "new").exists()
+
+    def test_processes_that_do_not_see_each_other(self, tmp_path, monkeypatch, no_data):
+        """What `accelerate launch` leaves when it starts copies of a script instead of one joint run."""
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        message = r"2 processes were launched but Accelerate joined 1, so each would train alone; .*--multi_gpu"
+        with pytest.raises(ValueError, match=message):
+            train(tiny(tmp_path / "new"))
+        assert not (tmp_path / "new").exists()
+
+    def test_a_loss_that_explodes_leaves_whole_checkpoints(self, tmp_path):
+        """The second epoch's rate is 10^29 times the first's."""
+        flags = ["--optim.schedule=step", "--optim.milestones=[1]", "--optim.gamma=1e30", "--optim.epochs=3"]
+        message = r"became NaN or infinite in epoch 2; lower optim.lr or attack.eps.*saved so far are whole"
+        with pytest.raises(FloatingPointError, match=message):
+            train(tiny(tmp_path, *flags))
+        assert len(metrics(tmp_path)) == 1
+        for kind in ("best", "last"):
+            model = timm.create_model(f"local-dir:{tmp_path / kind}", pretrained=True).eval()
+            assert all(value.isfinite().all() for value in model.state_dict().values())
+            assert model(torch.zeros(1, 1, 28, 28)).isfinite().all()
+
+    def test_a_disk_that_fills_up_leaves_whole_checkpoints(self, tmp_path, monkeypatch):
+        """The second epoch's weights do not fit any more."""
+        saves: list[Path] = []
+        original: Callable[..., None] = timm_fsr.hub.save_file
+
+        def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+            saves.append(path)
+            if len(saves) > 2:
+                path.write_bytes(b"half a file")
+                raise OSError(28, "No space left on device")
+            original(tensors, path)
+
+        monkeypatch.setattr(timm_fsr.hub, "save_file", save_file)
+        scripted(monkeypatch, [(0.1, 0.1), (0.2, 0.2)])
+        with pytest.raises(OSError, match=r"could not write to .* \(No space left on device\).* untouched"):
+            train(tiny(tmp_path))
+        assert set(contents(tmp_path)) == {
+            *(f"{kind}/{file}" for kind in ("best", "last") for file in ("config.json", "model.safetensors")),
+            "metrics.jsonl",
+            "recipe.yaml",
+        }
+        assert equal(weights(tmp_path / "best"), weights(tmp_path / "last"))
+
+
+def test_progress_is_printed_without_a_terminal_as_one_line_per_epoch(tmp_path, capsys):
+    train(tiny(tmp_path, "--data.limit_train=60"))
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"resnet_tiny_cifar_fsr \(\d.\d\d M parameters\) on 40 images of .*1 process", lines[0])
+    for epoch in (1, 2):
+        assert re.match(rf"epoch {epoch}/2: adversarial \d\.\d+, .*held_out robust \d+\.\d %", lines[epoch])
+    assert "worst case" in lines[3]
+    assert lines[4] == f"results in {tmp_path}"
+    assert len(lines) == 5
+
+
+# Runs as each of the two processes that `accelerate launch` starts: trains, and keeps what each process has.
+RANK = """
+import sys, torch
+torch.set_num_threads(1)
+import timm_fsr.engine as engine
+from timm_fsr.cli import main
+save = engine._save
+def spy(run, folder):
+    rank = run.accelerator.process_index
+    torch.save(run.judged.state_dict(), f"{folder.parent.parent}/{folder.name}{rank}.pt")
+    save(run, folder)
+engine._save = spy
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """As the README says, on CPUs too: accelerate's other spellings start one process, or two that do not meet."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    port = ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = [*TINY, f"--output={tmp_path / 'run'}", "--optim.epochs=1", "--data.limit_train=84"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run(
+        [*launch, *port, str(script), *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "64 images" in result.stdout
+    assert "2 process(es) on cpu" in result.stdout
+    assert result.stdout.count("epoch 1/1") == 1, "every process prints"
+    for kind in ("best", "last"):
+        ranks = [torch.load(tmp_path / f"{kind}{rank}.pt") for rank in range(2)]
+        assert equal(*ranks), "the processes drifted apart"
+        assert equal(ranks[0], weights(tmp_path / "run" / kind))
+    assert Report.load(tmp_path / "run" / "report.json").count == 20
+    assert int(weights(tmp_path / "run" / "last")["bn1.num_batches_tracked"]) == 2, "batch_size is over all processes"
+
+
+def test_a_batch_that_does_not_divide_is_refused(run):
+    recipe = dataclasses.replace(tiny(run[0]))
+    data, held_out = recipe.data.build(seed=0, progress=False)
+    accelerator = type("Two", (), {"num_processes": 3})()
+    three = timm_fsr.engine.Run(recipe, accelerator, run[1], run[1], None, None, data, held_out, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"optim.batch_size=32 does not divide among 3 processes"):
+        timm_fsr.engine._steps_per_epoch(three)

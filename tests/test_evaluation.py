@@ -1,0 +1,309 @@
+"""Evaluation against outcomes counted by hand, and its refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from tiny import images, labels, tiny_resnet, with_fsr
+from torch import Tensor, nn
+
+import timm_fsr.evaluation
+from timm_fsr.attacks import FGSM, PGD, LossFunction
+from timm_fsr.evaluation import build_attack, evaluate
+from timm_fsr.pixels import PixelModel
+from timm_fsr.sites import layer_groups
+
+EPS = 0.1
+
+
+class Brightness(nn.Module):
+    """Two classes, dark (0) and bright (1), told apart by the mean pixel: 0.5 is the border."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        excess = 10 * (given.mean(dim=(1, 2, 3)) - 0.5)
+        return torch.stack([-excess, excess], dim=1)
+
+
+def grey(*levels: float) -> Tensor:
+    """One image per level, of that level everywhere."""
+    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 1, 3, 3).clone()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return with_fsr(tiny_resnet())
+
+
+class Fixed:
+    """An attack that swaps dark and bright on given images, and notes the seeds of its random starts."""
+
+    eps = EPS
+
+    def __init__(self, broken: list[int], seeds: list[int]) -> None:
+        self.broken, self.seeds = broken, seeds
+
+    def __repr__(self) -> str:
+        return f"Fixed({self.broken})"
+
+    def __call__(self, loss_fn: LossFunction, given: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        assert generator is not None
+        self.seeds.append(generator.initial_seed())
+        adversarial = given.clone()
+        adversarial[self.broken] = 1 - adversarial[self.broken]
+        return adversarial
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fixed]:
+    """Three attacks, of which each breaks other images."""
+    attacks = {name: Fixed(broken, []) for name, broken in {"a": [0], "b": [0, 1], "c": [2]}.items()}
+    monkeypatch.setattr(timm_fsr.evaluation, "build_attack", lambda name, norm, eps: attacks[name])
+    return attacks
+
+
+class TestCounting:
+    LEVELS = grey(0.1, 0.45, 0.55, 0.9, 0.2)
+    CLASSES = torch.tensor([0, 0, 1, 1, 1])  # the last one is wrong even without an attack
+
+    def test_outcomes_are_those_counted_by_hand(self):
+        """An attack moves the mean by eps: 0.45 and 0.55 cross the border, 0.1 and 0.9 do not."""
+        report = evaluate(Brightness(), (self.LEVELS, self.CLASSES), eps=EPS, attacks=["fgsm", "pgd10"])
+        hit = [True, False, False, True, False]
+        assert {name: flags.tolist() for name, flags in report.correct.items()} == {
+            "clean": [True, True, True, True, False],
+            "fgsm": hit,
+            "pgd10": hit,
+        }
+        assert report.accuracy == {"clean": 4 / 5, "fgsm": 2 / 5, "pgd10": 2 / 5}
+        assert report.worst_case == 2 / 5
+        assert all(flags.dtype == torch.bool for flags in report.correct.values())
+
+    def test_l2_moves_the_mean_less(self):
+        """By eps / 3 for 9 pixels: 0.45 crosses the border with eps 0.2 and not with 0.1."""
+        for eps, right in ((0.1, 4 / 5), (0.2, 2 / 5)):
+            report = evaluate(Brightness(), (self.LEVELS, self.CLASSES), norm="l2", eps=eps, attacks=["pgd10"])
+            assert report.accuracy["pgd10"] == right
+
+    def test_eps_0_is_clean_accuracy(self):
+        report = evaluate(Brightness(), (self.LEVELS, self.CLASSES), eps=0, attacks=["fgsm", "pgd10"])
+        assert set(report.accuracy.values()) == {4 / 5}
+
+    def test_the_worst_case_is_the_intersection(self, fixed):
+        seen: list[tuple[int, int]] = []
+        report = evaluate(
+            Brightness(),
+            (self.LEVELS, self.CLASSES),
+            attacks=["a", "b", "c"],
+            progress=lambda *counts: seen.append(counts),
+        )
+        assert report.accuracy == {"clean": 4 / 5, "a": 3 / 5, "b": 2 / 5, "c": 3 / 5}
+        assert report.worst_case == 1 / 5
+        assert seen == [(5, 1)]
+
+    def test_batches_are_put_together_in_order(self, fixed):
+        seen: list[tuple[int, int]] = []
+        parts = list(zip(self.LEVELS.split(3), self.CLASSES.split(3), strict=True))
+        report = evaluate(Brightness(), iter(parts), attacks=["a"], progress=lambda *counts: seen.append(counts))
+        # The first image of each batch is broken: the very first, and the fourth.
+        assert report.correct["a"].tolist() == [False, True, True, False, False]
+        assert seen == [(3, 2), (5, 2)]
+
+    def test_a_pair_of_tensors_is_cut_into_batches(self, monkeypatch):
+        pair = (self.LEVELS, self.CLASSES)
+        together = evaluate(Brightness(), pair, attacks=["fgsm"])
+        as_batch = evaluate(Brightness(), [pair], attacks=["fgsm"])
+        monkeypatch.setattr(timm_fsr.evaluation, "BATCH_SIZE", 2)
+        seen: list[int] = []
+        cut = evaluate(Brightness(), pair, attacks=["fgsm"], progress=lambda done, _: seen.append(done))
+        assert together.to_dict()["correct"] == as_batch.to_dict()["correct"] == cut.to_dict()["correct"]
+        assert seen == [2, 4, 5]
+
+    def test_a_timm_model_gets_its_normalisation(self):
+        model = timm.create_model("test_resnet", num_classes=10).eval()
+        with torch.no_grad():
+            classes = PixelModel(model)(images()).argmax(1)
+        for given in (model, PixelModel(model)):
+            assert evaluate(given, (images(), classes), attacks=[]).accuracy == {"clean": 1.0}
+
+    def test_the_report_says_under_which_conditions(self):
+        report = evaluate(
+            Brightness(), (self.LEVELS, self.CLASSES), eps=EPS, attacks=["pgd10"], seed=4, name="tiny", data_name="five"
+        )
+        assert report.attacks == {"pgd10": repr(PGD(eps=EPS, steps=10))}
+        assert (report.norm, report.eps, report.seed) == ("linf", EPS, 4)
+        assert (report.conditions["model"], report.conditions["data"]) == ("tiny", "five")
+        assert report.conditions["precision"] == "float32"
+        assert set(report.conditions["versions"]) == {"timm_fsr", "timm", "torch"}
+
+
+class TestSeeds:
+    def test_the_same_seed_gives_the_same_report(self, model):
+        reports = [evaluate(model, (images(8), labels(8)), attacks=["pgd3"], seed=1).to_dict() for _ in range(2)]
+        assert reports[0] == reports[1]
+
+    def test_a_start_depends_on_seed_attack_and_batch_alone(self, fixed):
+        pair = (TestCounting.LEVELS, TestCounting.CLASSES)
+
+        def seeds(attacks: list[str], seed: int = 0) -> list[int]:
+            fixed["a"].seeds.clear()
+            torch.manual_seed(torch.seed() % 1000)
+            evaluate(Brightness(), [pair, pair], attacks=attacks, seed=seed)
+            return list(fixed["a"].seeds)
+
+        alone = seeds(["a"])
+        assert seeds(["b", "c", "a"]) == alone
+        assert len({*alone, *seeds(["a"], seed=1), *fixed["b"].seeds}) == 6
+
+    def test_the_default_generator_is_left_alone(self, model):
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        evaluate(model, (images(), labels()), attacks=["pgd3"])
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestManners:
+    @pytest.mark.parametrize("attacks", [["pgd3"], ["unknown"]], ids=["done", "refused"])
+    def test_modes_and_flags_are_restored(self, model, attacks):
+        model.train()
+        model.bn1.eval()
+        model.conv1.weight.requires_grad_(False)
+        modes, flags = self.state(model)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        try:
+            evaluate(model, (images(), labels()), attacks=attacks)
+        except ValueError:
+            assert attacks == ["unknown"]
+        assert self.state(model) == (modes, flags)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_also_when_a_batch_is_refused(self, model):
+        model.train()
+        before = self.state(model)
+        with pytest.raises(ValueError, match="labels run"):
+            evaluate(model, (images(), labels() + 100))
+        assert self.state(model) == before
+
+    @staticmethod
+    def state(model: nn.Module) -> tuple[list[bool], list[bool]]:
+        return [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+
+    def test_the_callers_contexts_change_nothing(self, model):
+        """Neither no_grad nor autocast: half precision would hide weak spots."""
+        seen: list[torch.dtype] = []
+        model.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        plain = evaluate(model, (images(), labels()), attacks=["pgd3"])
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = evaluate(model, (images(), labels()), attacks=["pgd3"])
+        assert inside.to_dict() == plain.to_dict()
+        assert set(seen) == {torch.float32}
+
+    def test_tf32_is_off_inside_and_restored(self, model):
+        seen: list[bool] = []
+        model.conv1.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+        before = torch.backends.cudnn.allow_tf32
+        try:
+            torch.backends.cudnn.allow_tf32 = True
+            evaluate(model, (images(), labels()), attacks=[])
+            assert torch.backends.cudnn.allow_tf32
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+        assert set(seen) == {False}
+
+
+class Wrong(nn.Module):
+    """A model that returns whatever it is told to."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, given: Tensor) -> Any:
+        return self.answer
+
+
+class SquareRoot(nn.Module):
+    """Finite everywhere, with an infinite slope at black, as a hand-made normalisation may have."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        total = (given - given).flatten(1).sum(1).sqrt()
+        return torch.stack([total, total - 1], dim=1)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("answer", "message"),
+        [
+            ((torch.zeros(4, 10), None), "returned type tuple for 4 images; it must return logits"),
+            (torch.zeros(4), r"returned shape \(4,\)"),
+            (torch.zeros(2, 10), r"returned shape \(2, 10\) for 4"),
+            (torch.zeros(4, 10, 1, 1), r"returned shape \(4, 10, 1, 1\)"),
+            (torch.full((4, 10), float("nan")), "NaN or infinite logits for clean images; check its weights"),
+            (torch.full((4, 10), float("inf")), "NaN or infinite logits"),
+            (torch.zeros(4, 2), r"labels run from 0 to 3, but the model has 2 classes .*num_classes=4"),
+        ],
+    )
+    def test_models_that_give_no_logits(self, answer, message):
+        with pytest.raises(ValueError, match=message):
+            evaluate(Wrong(answer), (images(), labels()), attacks=[])
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ((images() * 2, labels()), r"must lie in \[0, 1\]"),
+            (((images() * 255).byte(), labels()), r"images.float\(\) / 255"),
+            ((images(), labels().float()), "int64"),
+            ((images(), labels() - 1), "use labels of 0 or more"),
+            ((images(), labels(3)), "4 images have 3 labels"),
+            ((images()[:0], labels()[:0]), "is empty|no image to evaluate"),
+            ([], "no image to evaluate on; check the data's split"),
+            ([(images(), labels(3))], r"shape \(4,\)"),
+            (images(), "pairs of tensors"),
+            ((images().numpy(), labels().numpy()), "pairs of tensors"),
+            ([images()], "pairs of tensors"),
+            ((images()[:, :1], labels()), "images have 1 channels but the model takes 3"),
+        ],
+    )
+    def test_data_that_does_not_fit(self, model, data, message):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, data)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"eps": -1 / 255}, "must be 0 or more"),
+            ({"norm": "l1"}, "norm='l1' is unknown"),
+            ({"attacks": ["pdg20"]}, "unknown attack 'pdg20'; did you mean 'pgd20'"),
+            ({"attacks": ["pgd0"]}, "unknown attack 'pgd0'"),
+            ({"attacks": ["clean"]}, "unknown attack 'clean'"),
+            ({"attacks": "pgd20"}, r"attacks='pgd20'.*\['pgd20'\]"),
+        ],
+    )
+    def test_arguments_before_anything_is_read(self, model, arguments, message):
+        def data() -> Iterator[tuple[Tensor, Tensor]]:
+            pytest.fail("the data was read")
+            yield images(), labels()
+
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, data(), **arguments)
+
+    def test_an_fsr_layer_that_does_not_fire(self, model):
+        path = layer_groups(model)[0].sites[0].path
+        model.get_submodule(path)._forward_hooks.clear()  # as when a conversion replaces the module
+        with pytest.raises(RuntimeError, match=r"did not fire.*reattach"):
+            evaluate(model, (images(), labels()))
+
+    def test_adversarial_images_that_are_no_numbers(self):
+        """The class of NaN logits is that of the first one: such images would count as right for label 0."""
+        with pytest.raises(ValueError, match="NaN or infinite logits for pgd3 images"):
+            evaluate(SquareRoot(), (images(), torch.zeros(4).long()), attacks=["pgd3"])
+
+
+class TestBuildAttack:
+    def test_names_say_the_steps(self):
+        assert build_attack("fgsm", "l2", 0.5) == FGSM(norm="l2", eps=0.5)
+        assert build_attack("pgd7", "linf", 0.1) == PGD(eps=0.1, steps=7, random_start=True)
