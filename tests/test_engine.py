@@ -353,12 +353,22 @@ import sys, torch
 torch.set_num_threads(1)
 import timm_fsr.engine as engine
 from timm_fsr.cli import main
-save = engine._save
+save, derive, batches = engine._save, engine.derive_generator, engine.epoch_batches
+seeds, indices = [], []
 def spy(run, folder):
     rank = run.accelerator.process_index
-    torch.save(run.judged.state_dict(), f"{folder.parent.parent}/{folder.name}{rank}.pt")
+    known = {"state": run.judged.state_dict(), "seeds": seeds, "indices": indices}
+    torch.save(known, f"{folder.parent.parent}/{folder.name}{rank}.pt")
     save(run, folder)
-engine._save = spy
+def spy_derive(*args, **kwargs):
+    generator = derive(*args, **kwargs)
+    seeds.append(generator.initial_seed())
+    return generator
+def spy_batches(*args, **kwargs):
+    for batch in batches(*args, **kwargs):
+        indices.extend(batch.tolist())
+        yield batch
+engine._save, engine.derive_generator, engine.epoch_batches = spy, spy_derive, spy_batches
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 
@@ -385,8 +395,10 @@ def test_two_processes_train_one_model(tmp_path):
     assert result.stdout.count("epoch 1/1") == 1, "every process prints"
     for kind in ("best", "last"):
         ranks = [torch.load(tmp_path / f"{kind}{rank}.pt") for rank in range(2)]
-        assert equal(*ranks), "the processes drifted apart"
-        assert equal(ranks[0], weights(tmp_path / "run" / kind))
+        assert equal(*(rank["state"] for rank in ranks)), "the processes drifted apart"
+        assert equal(ranks[0]["state"], weights(tmp_path / "run" / kind))
+    assert sorted(ranks[0]["indices"] + ranks[1]["indices"]) == list(range(64)), "an image was seen twice"
+    assert not set(ranks[0]["seeds"]) & set(ranks[1]["seeds"]), "the processes share random starts or noise"
     assert Report.load(tmp_path / "run" / "report.json").count == 20
     assert int(weights(tmp_path / "run" / "last")["bn1.num_batches_tracked"]) == 2, "batch_size is over all processes"
 

@@ -1,10 +1,9 @@
 """CIFAR-size networks built from timm's own classes.
 
-Those classes were made for 224x224 images: most of their stems shrink an image fourfold before the first
-block. Here each stem is one 3x3 convolution without pooling, of stride 1 in all but the tiny one, as is the custom in adversarial
-training, and `feature_info` says so. All else is timm's: weights, `features_only`, `in_chans`, heads,
-checkpointing and the export to the Hub behave as for every timm model. Pixels go in as they are, in [0, 1]:
-mean 0, std 1.
+Those classes were made for 224x224 images: most of their stems shrink an image fourfold before the first block. Here
+each stem is one 3x3 convolution without pooling, of stride 1 (2 in the tiny network), as is the custom in adversarial
+training, and `feature_info` says so. All else is timm's: weights, `features_only`, `in_chans`, heads, checkpointing
+and the export to the Hub behave as for every timm model. Pixels go in as they are, in [0, 1]: mean 0, std 1.
 
     network                 source                                                 last map of a 32x32 image
     resnet18_cifar          ResNet-18 (He et al. 2016, arXiv 1512.03385)                     512x4x4

@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from timm_fsr.data import EMBEDDED, load_data
 from timm_fsr.demo import run_demo
 from timm_fsr.engine import train
 from timm_fsr.evaluation import evaluate
+from timm_fsr.files import staged
 from timm_fsr.hub import load
+from timm_fsr.notation import parse_number
 from timm_fsr.progress import bar
-from timm_fsr.recipe import parse_arguments, parse_number, recipe_parser
+from timm_fsr.recipe import parse_arguments, recipe_parser
 
 Command = Callable[[Sequence[str]], None]
 
@@ -46,7 +50,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="timm-fsr evaluate", description="Clean and robust accuracy of a model.")
-    parser.add_argument("model", help="a folder that train wrote, or a timm model name (local-dir:, hf-hub:)")
+    parser.add_argument("model", help="a folder that train wrote, or the timm name of a model with weights (hf-hub:)")
     parser.add_argument("--data", default=EMBEDDED, help="data set: embedded, folder, Parquet or Hub id")
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="evaluate so many images, balanced, instead of all")
@@ -54,10 +58,13 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--eps", type=_number, default=8 / 255, help="radius in pixels of [0, 1], such as 8/255")
     parser.add_argument("--attacks", nargs="+", default=["fgsm", "pgd20"], help="fgsm, pgd20, pgd100, ...")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--output", help="write the report as JSON to this file")
     options = parser.parse_args(arguments)
-    model = load(options.model).to(options.device)
+    if options.output:
+        with staged(Path(options.output).parent):
+            pass  # a folder that cannot be written is better known before the attacks run than after
+    model = load(options.model, pretrained=True).to(options.device)
     data = load_data(options.data, options.split, limit=options.limit)
     console = Console(highlight=False, soft_wrap=True)
     with bar(console, "evaluation", len(data)) as show:
@@ -88,6 +95,13 @@ def _demo(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     run_demo(options.output, epochs=options.epochs, limit=options.limit, seed=options.seed)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; use cpu") from error
 
 
 def _number(text: str) -> float:

@@ -90,16 +90,16 @@ def comparison_table(reports: dict[str, Report], seconds: dict[str, float]) -> T
     """One row per model: accuracies in percent with their 95 % intervals, and the time it took."""
     first = next(iter(reports.values()))
     table = Table(title=f"{first.conditions['data']}, {first.threat}, {first.count} test images, 95 % intervals")
-    table.add_column("adversarially trained")
+    table.add_column("trained", no_wrap=True)
     for name in (*first.correct, "worst_case"):
         table.add_column(name.replace("_", " "), justify="right")
-    table.add_column("train + test", justify="right")
+    table.add_column("time", justify="right")
     for title, report in reports.items():
         values = {**report.accuracy, "worst_case": report.worst_case}
         cells = []
         for name, value in values.items():
             low, high = report.interval(name)
-            cells.append(f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+            cells.append(f"{100 * value:.1f} %\n{100 * low:.1f} - {100 * high:.1f}")  # fits 80 columns
         table.add_row(title, *cells, f"{seconds[title]:.0f} s")
     return table
 
@@ -127,6 +127,10 @@ def _adapted(recipe: Recipe, output: Path, epochs: int | None, limit: int | None
     data, optim = recipe.data, recipe.optim
     if limit is not None:
         held_out = min(data.held_out, limit // 4)
+        if limit - held_out < optim.batch_size:
+            raise ValueError(
+                f"limit={limit} leaves too few images for a training batch of {optim.batch_size}; use 200 or more"
+            )
         data = dataclasses.replace(data, limit_train=limit, limit_test=limit, held_out=held_out)
     if epochs is not None:
         optim = dataclasses.replace(optim, epochs=epochs)

@@ -47,22 +47,22 @@ def attack_picture(
     attacked_mask, attacked_classes = _mask_and_classes(pixel_model, adversarial)
     noise = (adversarial - images) / (2 * attack.eps) + 0.5
     low, high = _bounds(torch.cat([clean_mask, attacked_mask]))
+    shift = attacked_mask - clean_mask
+    largest = max(float(shift.abs().max()), 1e-3)
     titles = ("clean", "perturbation", "attacked", "mask, clean", "mask, attacked", "mask, difference")
     rows = []
     for row in range(len(images)):
         masks = [(m[row] - low) / (high - low) for m in (clean_mask, attacked_mask)]
         tiles = [_photo(images[row]), _photo(noise[row]), _photo(adversarial[row]), *map(_map, masks)]
-        tiles.append(_map((masks[1] - masks[0]) / 2 + 0.5))
+        tiles.append(_map(shift[row] / (2 * largest) + 0.5))
         truth, before, after = (int(t[row]) for t in (labels, clean_classes, attacked_classes))
-        captions = [
-            (f"seen as {classes[before]}", before == truth),
-            ("", True),
-            (f"seen as {classes[after]}", after == truth),
-        ]
+        seen = [(f"seen as {classes[index]}", index == truth) for index in (before, after)]
+        captions = [seen[0], ("", True), seen[1]]
         rows.append((tiles, captions))
     footer = (
-        f"{type(attack).__name__}, {attack.norm}, eps {attack.eps:.4g}; perturbation from -eps (black) to +eps (white); "
-        f"masks from {low:.2f} (dark) to {high:.2f} (bright), means over channels"
+        f"{type(attack).__name__}, {attack.norm}, eps {attack.eps:.4g}; perturbation from -eps (black) to +eps (white);"
+        f"\nmasks, means over channels, from {low:.2f} (dark) to {high:.2f} (bright); "
+        f"difference from {-largest:.2f} (dark) to {largest:+.2f} (bright)"
     )
     return _compose(titles, rows, footer)
 
@@ -105,7 +105,7 @@ def _compose(
     """Lay the tiles out under their titles, with captions below each row."""
     font = ImageFont.load_default(size=12)
     step_x, step_y = _TILE + _GAP, _TILE + _LINE + _GAP
-    canvas = Image.new("RGB", (_GAP + len(titles) * step_x, 2 * _LINE + 2 * _GAP + len(rows) * step_y + _LINE), _PAPER)
+    canvas = Image.new("RGB", (_GAP + len(titles) * step_x, 2 * _GAP + 4 * _LINE + len(rows) * step_y), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         draw.text((_GAP + column * step_x, _GAP), title, fill=_INK, font=font)
@@ -115,5 +115,5 @@ def _compose(
             canvas.paste(tile, (_GAP + column * step_x, top))
         for column, (caption, right) in enumerate(captions):
             draw.text((_GAP + column * step_x, top + _TILE), caption, fill=_INK if right else _WRONG, font=font)
-    draw.text((_GAP, canvas.height - _LINE - _GAP // 2), footer, fill=_INK, font=ImageFont.load_default(size=11))
+    draw.text((_GAP, canvas.height - 2 * _LINE - _GAP), footer, fill=_INK, font=ImageFont.load_default(size=11))
     return canvas

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import register_type
+from jsonargparse import ArgumentParser
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
@@ -26,36 +22,9 @@ from timm_fsr.evaluation import build_attack
 from timm_fsr.hub import load, resolve
 from timm_fsr.layers import layer_class
 from timm_fsr.layers.base import check_layer_args, unknown
+from timm_fsr.notation import Number, options_parser, read_options, write_options
 from timm_fsr.objectives import OBJECTIVES, Objective
 from timm_fsr.sites import attach, layer_groups
-
-
-class _Number(float):
-    """A float that may be written as a fraction."""
-
-
-Number = _Number | float  # what jsonargparse tries first accepts "8/255"
-
-
-def parse_number(value: Any) -> float:
-    """A float from a number or from text such as "1e-3" or "8/255".
-
-    Raises:
-        ValueError: anything else.
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        fraction = isinstance(value, str) and "/" in value
-        number = _Number(Fraction(value.replace(" ", "")) if fraction else value)
-        if not math.isfinite(number):
-            raise ValueError
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{value!r} is no number; write 0.03, 1e-3 or 8/255") from error
-    return number
-
-
-register_type(_Number, serializer=float, deserializer=parse_number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,10 +353,8 @@ class Recipe:
             FileNotFoundError: no such file.
             ValueError: no YAML, an unknown key (the message names the nearest), or a value of another type.
         """
-        arguments = [] if path is None else [f"--config={path}"]
-        if path is not None:
-            _check_keys(cls, _read_yaml(Path(path)), f" in {path}")
-        return parse_arguments([*arguments, *overrides])
+        config = [] if path is None else [f"--config={path}"]
+        return parse_arguments([*config, *overrides])
 
     def check(self) -> None:
         """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""
@@ -407,36 +374,17 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load` reads."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        return write_options(self)
 
 
 def recipe_parser() -> ArgumentParser:
     """The parser behind `timm-fsr train`: --config, and one flag per recipe key."""
-    parser = ArgumentParser(prog="timm-fsr train", exit_on_error=False, description="Train a model by a recipe.")
-    parser.add_argument("--config", action="config", help="a YAML recipe; later flags override its keys")
-    parser.add_class_arguments(Recipe, as_group=False)
-    return parser
+    return options_parser(Recipe, prog="timm-fsr train", description="Train a model by a recipe.")
 
 
 def parse_arguments(arguments: Sequence[str]) -> Recipe:
-    """A recipe from command-line arguments.
-
-    Raises:
-        FileNotFoundError: no such recipe file.
-        ValueError: an unknown key, or a value of another type.
-    """
-    for key, value in _flags(arguments):
-        if key == "config" and value is not None:
-            _check_keys(Recipe, _read_yaml(Path(value)), f" in {value}")
-        elif key not in ("config", "help"):
-            _check_keys(Recipe, _nested(key, value), "")
-    parser = recipe_parser()
-    try:
-        options = vars(parser.instantiate(parser.parse_args(list(arguments))))
-    except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    options.pop("config", None)
-    return Recipe(**options)
+    """A recipe from command-line arguments; the errors are those of `Recipe.load`."""
+    return read_options(Recipe, arguments, recipe_parser())
 
 
 def _image_config(name: str, image_size: tuple[int, int, int]) -> dict[str, Any]:
@@ -446,62 +394,3 @@ def _image_config(name: str, image_size: tuple[int, int, int]) -> dict[str, Any]
     if len(config.mean) != image_size[0]:
         statistics = {key: (sum(values) / len(values),) * image_size[0] for key, values in statistics.items()}
     return {"input_size": image_size, **statistics}
-
-
-def _flags(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
-    """(key, value) of each "--key=value" or "--key value"."""
-    found: list[tuple[str, str | None]] = []
-    for position, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            key, equals, value = argument[2:].partition("=")
-            following = arguments[position + 1] if position + 1 < len(arguments) else None
-            found.append((key, value if equals else following))
-    return found
-
-
-def _nested(key: str, value: str | None) -> dict[str, Any]:
-    """What YAML would hold in place of a flag: {"optim": {"epochs": 5}} for "optim.epochs" and "5"."""
-    head, _, rest = key.removesuffix("+").partition(".")
-    if rest:
-        return {head: _nested(rest, value)}
-    try:
-        return {head: yaml.safe_load(value or "''")}
-    except yaml.YAMLError:
-        return {head: value}
-
-
-def _check_keys(options: Any, given: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    """Refuse keys that the dataclass `options` has no field for, and null where it is no value.
-
-    Dictionaries inside take any key.
-    """
-    hints = typing.get_type_hints(options)
-    for key, value in given.items():
-        if key not in hints:
-            raise ValueError(unknown(f"recipe key{where}", f"{prefix}{key}", [f"{prefix}{name}" for name in hints]))
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"recipe key{where} '{prefix}{key}' holds {value!r}; write keys and values below it")
-            _check_keys(hints[key], value, where, f"{prefix}{key}.")
-        elif value is None and type(None) not in typing.get_args(hints[key]):
-            raise ValueError(f"recipe key{where} '{prefix}{key}' is null; write a value or leave it out")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {path}; give the path of a YAML file, such as those in recipes/")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no recipe; write keys and values, such as 'seed: 0'")
-    return content
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return float(value) if isinstance(value, float) else value

@@ -229,8 +229,8 @@ def _split_of(file: Path) -> str:
 def _read_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
     """One table in memory; `datasets.load_dataset` would leave a copy in the user's cache."""
     import datasets
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         return datasets.Dataset(pq.read_table([str(file) for file in files], partitioning=None))
