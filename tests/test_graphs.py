@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tiny import images, labels, tiny_resnet, tiny_vit, with_fsr
+from tiny import assert_same_gradients, images, labels, tiny_resnet, tiny_vit, with_fsr
 from torch import nn
 
 import timm_fsr
@@ -42,13 +42,6 @@ def still_a_model(model: nn.Module) -> None:
         tape.losses(model(images(2)))
 
 
-def same_gradients(one: nn.Module, other: nn.Module) -> None:
-    gradients = [{key: p.grad for key, p in model.named_parameters() if p.grad is not None} for model in (one, other)]
-    assert gradients[0].keys() == gradients[1].keys()
-    for key, gradient in gradients[1].items():
-        torch.testing.assert_close(gradients[0][key], gradient, rtol=1e-4, atol=1e-5, msg=key)
-
-
 # torch.compile; the backends compute as eager mode does, so that only the tracing is at stake.
 
 
@@ -58,7 +51,7 @@ def test_autograd_of_a_compiled_model() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for runner in (compiled, eager):
         F.cross_entropy(runner(images()), labels()).backward()
-    same_gradients(model, eager)
+    assert_same_gradients(model, eager)
     still_a_model(model)
 
 
@@ -80,7 +73,7 @@ def test_recorded_under_compile(network: Any, training: bool) -> None:
             found.append({"logits": logits, "mask": aux.mask, **losses})
         for key, value in found[1].items():
             torch.testing.assert_close(found[0][key], value, rtol=1e-4, atol=1e-5, msg=key)
-        same_gradients(model, eager)
+        assert_same_gradients(model, eager)
     torch.testing.assert_close(compiled(images()), eager(images()), rtol=1e-4, atol=1e-5)  # nobody records now
     still_a_model(model)
 
@@ -106,7 +99,7 @@ def test_checkpointed_and_compiled() -> None:
         with timm_fsr.record(runner, labels()) as tape:
             logits = runner(images())
         (F.cross_entropy(logits, labels()) + sum(tape.losses(logits).values())).backward()
-    same_gradients(model, eager)
+    assert_same_gradients(model, eager)
 
 
 def test_compiled_code_notices_layers_that_come_and_go() -> None:

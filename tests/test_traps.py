@@ -1,4 +1,4 @@
-"""Traps that hooks fall into silently: checkpointing, copies, wrappers, precision (compilers: test_graphs.py)."""
+"""Traps that hooks fall into silently: copies, wrappers, precision (also: test_checkpointing.py, test_graphs.py)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,18 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from conftest import TinyBackbone
-from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.model import unwrap_model
 from timm.utils.model_ema import ModelEmaV2
-from tiny import CLASSES, images, label_scale_registered, labels, tiny_resnet, tiny_vit, total_loss, with_fsr
+from tiny import CLASSES, assert_same_gradients, images, labels, tiny_resnet, tiny_vit, total_loss, with_fsr
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import timm_fsr
-from timm_fsr.sites import Tape
 
 NETWORKS = [tiny_resnet, tiny_vit]
 
@@ -40,111 +36,6 @@ def shake(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.fsr.parameters():
             parameter.add_(torch.randn_like(parameter))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {key: parameter.grad for key, parameter in model.named_parameters()}
-
-
-# Gradient checkpointing.
-
-
-def losses_and_gradients(model: nn.Module, checkpointing: bool, x: Tensor) -> dict[str, Tensor]:
-    """Of a training step with noise, the tape gone before the backward pass; batch statistics stay."""
-    model = copy.deepcopy(model).train()
-    model.set_grad_checkpointing(checkpointing)
-    torch.manual_seed(3)
-    with timm_fsr.record(model, labels(len(x))) as tape:
-        logits = model(x)
-    losses = tape.losses(logits)
-    total = F.cross_entropy(logits, labels(len(x))) + sum(losses.values())
-    del tape
-    total.backward()
-    found = {key: gradient for key, gradient in gradients(model).items() if gradient is not None}
-    return {"logits": logits.detach(), **{key: value.detach() for key, value in losses.items()}, **found}
-
-
-def test_checkpointing_changes_nothing(backbone: TinyBackbone) -> None:
-    model = with_fsr(backbone.create())
-    eager, checkpointed = (losses_and_gradients(model, flag, backbone.images()) for flag in (False, True))
-    assert {key for key in eager if key.startswith("fsr.")} >= {f"fsr.{key}" for key, _ in model.fsr.named_parameters()}
-    assert eager.keys() == checkpointed.keys()
-    for key, value in eager.items():
-        torch.testing.assert_close(checkpointed[key], value, rtol=1e-4, atol=1e-5, msg=key)
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the sites that wrote to a tape, in order."""
-    names: list[str] = []
-    write = Tape.write
-    monkeypatch.setattr(Tape, "write", lambda tape, site, aux: (names.append(site.name), write(tape, site, aux)))
-    return names
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_recomputation_records_nothing(network: Any, written: list[str]) -> None:
-    model = with_fsr(network()).train()
-    model.set_grad_checkpointing(True)
-    # Torch stops a recomputation once it has what it needs, here or there before the site would write.
-    with timm_fsr.record(model, labels()) as tape, set_checkpoint_early_stop(False):
-        logits = model(images())
-        (heard,) = tape.values()
-        sum(tape.losses(logits).values()).backward()
-        (afterwards,) = tape.values()
-    assert len(written) == 1
-    assert afterwards.mask is heard.mask
-
-
-def test_a_pass_in_between_does_not_confuse_the_recomputation() -> None:
-    model = with_fsr(tiny_resnet(), noise=False)
-    found = []
-    for checkpointing in (False, True):
-        clone = copy.deepcopy(model).train()
-        clone.set_grad_checkpointing(checkpointing)
-        total = total_loss(clone)
-        with torch.no_grad():
-            clone.eval()(images())
-        clone.train()
-        total.backward()
-        found.append(gradients(clone))
-    for key, gradient in found[0].items():
-        torch.testing.assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-5, msg=key)
-
-
-def test_a_recomputation_has_the_labels_of_its_pass() -> None:
-    with label_scale_registered():
-        model = timm_fsr.attach(tiny_resnet(), "label_scale").train()
-    found = []
-    for checkpointing in (False, True):
-        clone = copy.deepcopy(model)
-        clone.set_grad_checkpointing(checkpointing)
-        total_loss(clone).backward()
-        found.append(gradients(clone))
-    assert found[0]["label_scale.layer4.rows"][1:5].abs().min() > 0
-    for key, gradient in found[0].items():
-        torch.testing.assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-5, msg=key)
-
-
-@pytest.fixture
-def reentrant() -> Iterator[None]:
-    before = use_reentrant_ckpt()
-    set_reentrant_ckpt(True)
-    yield
-    set_reentrant_ckpt(before)
-
-
-@pytest.mark.usefixtures("reentrant")
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_reentrant_checkpointing_would_train_nothing_and_is_refused() -> None:
-    model = with_fsr(tiny_resnet()).train()
-    model.set_grad_checkpointing(True)
-    with pytest.raises(RuntimeError, match=r"without gradients, .*set_reentrant_ckpt\(False\)"):
-        total_loss(model)
-    with torch.no_grad():  # nobody wants gradients here
-        total_loss(model)
-    model.fsr.requires_grad_(False)  # a frozen layer has nothing to learn
-    total_loss(model)
 
 
 # Copies.
@@ -179,7 +70,7 @@ def test_a_pickle_calls_its_own_layers(network: Any) -> None:
         shake(model)
         assert torch.equal(clone(images()), expected)
         clone.reset_classifier(3)
-        assert total_loss_classes(clone) == 3
+        assert agreed_classes(clone) == 3
         timm_fsr.detach(clone)
     assert model(images()).shape == (4, CLASSES)
 
@@ -224,7 +115,7 @@ def test_no_graph_outlives_its_tape(network: Any) -> None:
 # Heads.
 
 
-def total_loss_classes(model: nn.Module) -> int:
+def agreed_classes(model: nn.Module) -> int:
     """Number of classes for which the main and the auxiliary heads agree."""
     with timm_fsr.record(model, labels() % 2) as tape:
         logits = model(images())
@@ -236,7 +127,7 @@ def total_loss_classes(model: nn.Module) -> int:
 def test_reset_classifier_reaches_the_auxiliary_heads(network: Any) -> None:
     model = with_fsr(network()).train()
     model.reset_classifier(7)
-    assert total_loss_classes(model) == 7
+    assert agreed_classes(model) == 7
     assert model.num_classes == 7
     model.reset_classifier(0)
     with timm_fsr.record(model, labels()) as tape:
@@ -246,17 +137,17 @@ def test_reset_classifier_reaches_the_auxiliary_heads(network: Any) -> None:
     with pytest.raises(ValueError, match="reset_classifier"):
         tape.losses(features)
     model.reset_classifier(3)
-    assert total_loss_classes(model) == 3
+    assert agreed_classes(model) == 3
 
 
 def test_reset_classifier_of_a_copy_acts_on_the_copy() -> None:
     model = with_fsr(tiny_resnet())
     clone = copy.deepcopy(model)
     clone.reset_classifier(3)
-    assert total_loss_classes(clone) == 3
-    assert total_loss_classes(model) == CLASSES
+    assert agreed_classes(clone) == 3
+    assert agreed_classes(model) == CLASSES
     model.reset_classifier(5)
-    assert total_loss_classes(clone) == 3
+    assert agreed_classes(clone) == 3
 
 
 def test_reset_classifier_is_timm_s_own_again_after_detach() -> None:
@@ -319,8 +210,7 @@ def test_ddp_trains_every_parameter(checkpointing: bool) -> None:
         wrapped.zero_grad()
         total_loss(wrapped).backward()
         if step == 0:
-            for key, gradient in gradients(expected).items():
-                torch.testing.assert_close(gradients(model)[key], gradient, rtol=1e-4, atol=1e-5, msg=key)
+            assert_same_gradients(model, expected)
     assert unwrap_model(wrapped) is model
 
 
@@ -330,6 +220,14 @@ def test_ddp_notices_heads_left_out_of_the_loss() -> None:
     wrapped(images()).sum().backward()
     with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration"):
         wrapped(images())
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp_that_looks_for_unused_parameters_fails_at_once() -> None:
+    """It takes what only the tape holds for unused; `record` says so."""
+    wrapped = DistributedDataParallel(with_fsr(tiny_resnet()).train(), find_unused_parameters=True)
+    with pytest.raises(RuntimeError, match="mark a variable ready only once"):
+        total_loss(wrapped).backward()
 
 
 # Features.

@@ -79,3 +79,33 @@ def label_scale_registered() -> Iterator[None]:
         yield
     finally:
         del _LAYERS[LabelScale.name]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = model.state_dict()
+    return list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def traces(model: nn.Module) -> list[str]:
+    """What plug-ins leave on modules: hooks and attributes of ours."""
+    return [
+        f"{path}: {name}"
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if name.startswith("_timm_fsr") or ("hooks" in name and value) or name == "reset_classifier"
+    ]
+
+
+def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
+    found, expected = (
+        {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+        for model in (one, other)
+    )
+    assert expected
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5, msg=key)

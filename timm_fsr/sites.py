@@ -238,6 +238,8 @@ def reattach(model: Model) -> Model:
 def record(model: nn.Module, labels: Tensor | None = None) -> Iterator[Tape]:
     """Record what the sites say during forward passes, in training or eval mode.
 
+    Under DDP leave `find_unused_parameters` False: it would take what only the tape holds for unused.
+
     Args:
         model: any module that contains a model with feature layers (compiled, DDP-wrapped, ...) or none.
         labels: (N,) true classes, for layers that use them and as the default of `Tape.losses`.
