@@ -27,6 +27,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -156,7 +157,7 @@ def weightless(name: str) -> nn.Module:
         return build(name)
 
 
-def build(name: str, **kwargs: int) -> nn.Module:
+def build(name: str, **kwargs: Any) -> nn.Module:
     """The architecture with `CLASSES` classes; encoders that know none as they are."""
     try:
         return timm.create_model(name, num_classes=CLASSES, **kwargs)
@@ -178,7 +179,7 @@ def classifies(model: nn.Module) -> bool:
 
 def images_for(model: nn.Module, size: int | None = None, device: str = "cpu") -> Tensor:
     """Two random images of the model's input size, or of `size` pixels."""
-    channels, height, width = model.pretrained_cfg["input_size"]
+    channels, height, width = cast(dict[str, Any], model.pretrained_cfg)["input_size"]
     generator = torch.Generator(device).manual_seed(0) if device != "meta" else None
     return torch.rand(2, channels, size or height, size or width, generator=generator, device=device)
 
