@@ -142,10 +142,14 @@ class TestRepeatability:
         train(tiny(tmp_path, "--seed=1", "--evaluation.attacks=[]"))
         assert not torch.equal(weights(tmp_path / "last")["fc.weight"], weights(run[0] / "last")["fc.weight"])
 
-    def test_the_memory_format_is_no_part_of_the_result(self, run, tmp_path):
-        train(tiny(tmp_path, "--channels_last=false", "--evaluation.attacks=[]"))
-        one, other = metrics(tmp_path)[0], metrics(run[0])[0]
-        assert one["loss.adversarial"] == pytest.approx(other["loss.adversarial"], rel=1e-3)
+    def test_the_memory_format_is_no_part_of_the_result(self, tmp_path):
+        """Up to rounding, which the signs of PGD amplify from step to step: hence one step alone."""
+        flags = ["--data.limit_train=60", "--optim.epochs=1", "--evaluation.attacks=[]"]
+        losses = []
+        for channels_last in ("true", "false"):
+            train(tiny(tmp_path / channels_last, *flags, f"--channels_last={channels_last}"))
+            losses.append(metrics(tmp_path / channels_last)[0]["loss.adversarial"])
+        assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
 def test_training_improves_the_loss(tmp_path):
@@ -296,6 +300,13 @@ class TestRefusals:
         """What `accelerate launch` leaves when it starts copies of a script instead of one joint run."""
         monkeypatch.setenv("WORLD_SIZE", "2")
         message = r"2 processes were launched but Accelerate joined 1, so each would train alone; .*--multi_gpu"
+        with pytest.raises(ValueError, match=message):
+            train(tiny(tmp_path / "new"))
+        assert not (tmp_path / "new").exists()
+
+    def test_a_launcher_that_asks_for_another_precision(self, tmp_path, monkeypatch, no_data):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        message = r"asks for bf16 but the recipe, which decides, for 'no'; add --mixed_precision=bf16"
         with pytest.raises(ValueError, match=message):
             train(tiny(tmp_path / "new"))
         assert not (tmp_path / "new").exists()

@@ -115,12 +115,18 @@ def build_accelerator(mixed_precision: str = "no") -> Accelerator:
     """An Accelerator that uses the processes it was launched with, on the CPU where there is no GPU.
 
     Raises:
-        ValueError: the launcher started processes that do not see each other, or fp16 was asked for on a CPU, where
-            it would silently be float32.
+        ValueError: the launcher started processes that do not see each other, or asks for another precision; or fp16
+            was asked for on a CPU, where it would silently be float32.
     """
     on_cpu = not torch.cuda.is_available()
     if mixed_precision == "fp16" and on_cpu:
         raise ValueError("mixed_precision='fp16' does nothing on a CPU; use 'bf16' or 'no'")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", mixed_precision):
+        raise ValueError(
+            f"`accelerate launch` asks for {asked} but the recipe, which decides, for {mixed_precision!r}; add "
+            f"--mixed_precision={asked} to the script's own arguments"
+        )
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
