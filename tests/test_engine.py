@@ -143,13 +143,14 @@ class TestRepeatability:
         assert not torch.equal(weights(tmp_path / "last")["fc.weight"], weights(run[0] / "last")["fc.weight"])
 
     def test_the_memory_format_is_no_part_of_the_result(self, tmp_path):
-        """Up to rounding, which the signs of PGD amplify from step to step: hence one step alone."""
+        """But for rounding, which PGD amplifies from step to step, and for noise, drawn in memory order."""
         flags = ["--data.limit_train=60", "--optim.epochs=1", "--evaluation.attacks=[]"]
+        flags += ["--model.layer_args.fsr.noise=false"]
         losses = []
         for channels_last in ("true", "false"):
             train(tiny(tmp_path / channels_last, *flags, f"--channels_last={channels_last}"))
             losses.append(metrics(tmp_path / channels_last)[0]["loss.adversarial"])
-        assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_training_improves_the_loss(tmp_path):
@@ -392,6 +393,8 @@ def test_two_processes_train_one_model(tmp_path):
     port = ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     flags = [*TINY, f"--output={tmp_path / 'run'}", "--optim.epochs=1", "--data.limit_train=84"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # by the host's name it may choose an address that does not answer
     result = subprocess.run(
         [*launch, *port, str(script), *flags],
         env=environment,

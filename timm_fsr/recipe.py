@@ -324,7 +324,8 @@ class Recipe:
         overwrite: replace a run that `output` holds already; else that is an error.
         seed: decides weights, order, augmentation, attacks and noise.
         mixed_precision: "no" (float32), "bf16" or "fp16", by Accelerate.
-        channels_last: memory format of images and convolutions; the same results up to rounding, usually faster.
+        channels_last: memory format of images and convolutions, usually faster; random numbers are drawn in memory
+            order, so that the results differ as those of two seeds do.
         model: see `ModelOptions`.
         data: see `DataOptions`.
         attack: see `AttackOptions`.
