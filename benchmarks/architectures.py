@@ -3,13 +3,17 @@
     python benchmarks/architectures.py                         the smallest architecture of each family
     python benchmarks/architectures.py --all --resume          all, going on where the last run stopped
     python benchmarks/architectures.py --all --filter "vit_*"  some of them
+    python benchmarks/architectures.py --all --quick           all in minutes: attach only
 
 Every architecture is checked by shape, on the meta device: every new parameter but the auxiliary head's is
 connected to the logits in training mode, and detaching gives back the keys. The smallest classifier of each family,
 and every other one up to `--limit` million parameters, is checked in numbers too, on the CPU with weights that are
 random throughout: forward passes in training and eval mode give finite logits; attaching changes the logits; the
 gradient of the main loss reaches every new parameter but the auxiliary head's, also in a deep copy; detaching gives
-back the state dict and the logits bit for bit. "works" means that all this held.
+back the state dict and the logits bit for bit.
+
+"works" means that all this held, or with `--quick` that attaching found a place with one spatial output on which the
+logits depend.
 """
 
 from __future__ import annotations
@@ -300,7 +304,9 @@ def markdown(outcomes: list[Outcome], args: argparse.Namespace) -> str:
         families.setdefault(outcome.family, []).append(outcome)
     rows = [family_row(family, members) for family, members in sorted(families.items())]
     checks = collections.Counter(outcome.check for outcome in outcomes)
-    options = " --all" * args.all + f" --limit {args.limit:g} --markdown docs/architectures.md"
+    options = (
+        " --all" * args.all + " --resume" * args.resume + f" --limit {args.limit:g} --markdown docs/architectures.md"
+    )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("timm", "torch", "timm-fsr"))
     others = [f"- `{o.name}`: {o.status}. {o.reason}" for o in outcomes if o.status != "works"]
     return "\n".join(
@@ -311,7 +317,8 @@ def markdown(outcomes: list[Outcome], args: argparse.Namespace) -> str:
             "",
             f"    python benchmarks/architectures.py{options}",
             "",
-            "whose first lines say what each word means.",
+            "which went on from `--all` runs, the last of them with `--quick`; its first lines say what each word",
+            "means.",
             "",
             f"**{tally(outcomes)}** Checked in numbers: {checks['numbers']}, the smallest classifier of each family "
             f"among them; by shape alone: {checks['shape']}; attached alone (`--quick`: the place has one spatial "
