@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import timm_fsr.engine
+from timm_fsr.data import ImageData
 from timm_fsr.engine import build_accelerator, train
 from timm_fsr.layers import FSR
-from timm_fsr.recipe import Recipe
+from timm_fsr.recipe import DataOptions, Recipe
 from timm_fsr.report import Report
 
 # Two epochs of three steps of 32 images; a forward pass of the network takes a millisecond per image.
@@ -297,6 +295,18 @@ class TestRefusals:
             train(tiny(tmp_path / "new", flag))
         assert not (tmp_path / "new").exists()
 
+    def test_test_images_of_another_kind(self, tmp_path, monkeypatch):
+        """Before the training, not after it."""
+        original = DataOptions.build_test
+
+        def in_colour(self: DataOptions, *args: Any, **kwargs: Any) -> ImageData:
+            return original(dataclasses.replace(self, channels=3), *args, **kwargs)
+
+        monkeypatch.setattr(DataOptions, "build_test", in_colour)
+        with pytest.raises(ValueError, match=r"test images have 3 channels but .* set data\.channels"):
+            train(tiny(tmp_path / "new"))
+        assert not (tmp_path / "new").exists()
+
     def test_processes_that_do_not_see_each_other(self, tmp_path, monkeypatch, no_data):
         """What `accelerate launch` leaves when it starts copies of a script instead of one joint run."""
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -357,70 +367,3 @@ def test_progress_is_printed_without_a_terminal_as_one_line_per_epoch(tmp_path, 
     assert "worst case" in lines[3]
     assert lines[4] == f"results in {tmp_path}"
     assert len(lines) == 5
-
-
-# Runs as each of the two processes that `accelerate launch` starts: trains, and keeps what each process has.
-RANK = """
-import sys, torch
-torch.set_num_threads(1)
-import timm_fsr.engine as engine
-from timm_fsr.cli import main
-save, derive, batches = engine._save, engine.derive_generator, engine.epoch_batches
-seeds, indices = [], []
-def spy(run, folder):
-    rank = run.accelerator.process_index
-    known = {"state": run.judged.state_dict(), "seeds": seeds, "indices": indices}
-    torch.save(known, f"{folder.parent.parent}/{folder.name}{rank}.pt")
-    save(run, folder)
-def spy_derive(*args, **kwargs):
-    generator = derive(*args, **kwargs)
-    seeds.append(generator.initial_seed())
-    return generator
-def spy_batches(*args, **kwargs):
-    for batch in batches(*args, **kwargs):
-        indices.extend(batch.tolist())
-        yield batch
-engine._save, engine.derive_generator, engine.epoch_batches = spy, spy_derive, spy_batches
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
-
-
-def test_two_processes_train_one_model(tmp_path):
-    """As the README says, on CPUs too: accelerate's other spellings start one process, or two that do not meet."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    port = ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    flags = [*TINY, f"--output={tmp_path / 'run'}", "--optim.epochs=1", "--data.limit_train=84"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # by the host's name it may choose an address that does not answer
-    result = subprocess.run(
-        [*launch, *port, str(script), *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "64 images" in result.stdout
-    assert "2 process(es) on cpu" in result.stdout
-    assert result.stdout.count("epoch 1/1") == 1, "every process prints"
-    for kind in ("best", "last"):
-        ranks = [torch.load(tmp_path / f"{kind}{rank}.pt") for rank in range(2)]
-        assert equal(*(rank["state"] for rank in ranks)), "the processes drifted apart"
-        assert equal(ranks[0]["state"], weights(tmp_path / "run" / kind))
-    assert sorted(ranks[0]["indices"] + ranks[1]["indices"]) == list(range(64)), "an image was seen twice"
-    assert not set(ranks[0]["seeds"]) & set(ranks[1]["seeds"]), "the processes share random starts or noise"
-    assert Report.load(tmp_path / "run" / "report.json").count == 20
-    assert int(weights(tmp_path / "run" / "last")["bn1.num_batches_tracked"]) == 2, "batch_size is over all processes"
-
-
-def test_a_batch_that_does_not_divide_is_refused(run):
-    recipe = dataclasses.replace(tiny(run[0]))
-    data, held_out = recipe.data.build(seed=0, progress=False)
-    accelerator = type("Two", (), {"num_processes": 3})()
-    three = timm_fsr.engine.Run(recipe, accelerator, run[1], run[1], None, None, data, held_out, None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"optim.batch_size=32 does not divide among 3 processes"):
-        timm_fsr.engine._steps_per_epoch(three)
