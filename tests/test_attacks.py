@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.attacks import FGSM, PGD, attack_mode, input_gradient, random_in_ball
+from timm_fsr.attacks import FGSM, PGD, attack_mode, eval_mode, input_gradient, random_in_ball
 
 EPS = 0.1
 NORMS = ("linf", "l2")
@@ -175,6 +176,31 @@ class TestBall:
         assert torch.equal(attack(loss_of(model), pixels()), first)
 
     @pytest.mark.parametrize("norm", NORMS)
+    def test_a_gaussian_start_is_drawn_with_its_deviation_and_projected(self, norm):
+        """0.001, as TRADES and MART have it, stays inside the ball; 0.2 does not."""
+        noise = torch.randn(pixels().shape, generator=rng(5), dtype=torch.float64)
+        for deviation in (0.001, 0.2):
+            seen: list[Tensor] = []
+            attack = PGD(norm=norm, eps=RADIUS[norm], steps=1, start_noise=deviation)
+            attack(
+                lambda x, seen=seen: seen.append(x.detach().clone()) or x.flatten(1).sum(1), pixels(), generator=rng(5)
+            )
+            offset = deviation * noise
+            if norm == "linf":
+                offset = offset.clamp(-EPS, EPS)
+            else:
+                lengths = offset.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                offset = offset * (RADIUS[norm] / lengths).clamp(max=1)
+            torch.testing.assert_close(seen[0], (pixels() + offset).clamp(0, 1))
+
+    def test_a_gaussian_start_has_its_own_generator_and_goes_along_into_another_ball(self, model):
+        attack = PGD(eps=EPS, steps=1, step_size=1e-3, start_noise=0.01)
+        first, again, other = (attack(loss_of(model), pixels(), generator=rng(seed)) for seed in (5, 5, 6))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert attack.with_eps(2 * EPS) == PGD(eps=2 * EPS, steps=1, step_size=2e-3, start_noise=0.01)
+
+    @pytest.mark.parametrize("norm", NORMS)
     def test_a_gradient_that_is_no_number_is_not_hidden(self, norm):
         """torch.sign(NaN) is 0: the image would count as one that resists the attack."""
         attack = PGD(norm=norm, eps=RADIUS[norm], steps=2, random_start=False)
@@ -243,6 +269,11 @@ class TestInput:
             ({"step_size": float("nan")}, "step_size=nan"),
             ({"step_size": float("inf")}, "step_size=inf"),
             ({"restarts": 2, "random_start": False}, "would repeat the same run"),
+            ({"start_noise": 0.0}, "start_noise=0.0 must be a positive standard deviation"),
+            ({"start_noise": -0.001}, "start_noise=-0.001"),
+            ({"start_noise": float("nan")}, "start_noise=nan"),
+            ({"start_noise": float("inf")}, "start_noise=inf"),
+            ({"start_noise": 0.001, "random_start": False}, "start_noise=0.001 .*needs random_start"),
         ],
     )
     def test_bad_numbers_are_refused(self, arguments, message):
@@ -336,6 +367,16 @@ class TestAttackMode:
         with pytest.raises(KeyError), attack_mode(mixed):
             raise KeyError
         assert self.flags(mixed) == before
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_eval_mode_alone_leaves_parameters_trainable_and_restores_mixed_flags(self, mixed, fails):
+        modes, trainable = self.flags(mixed)
+        with pytest.raises(KeyError) if fails else contextlib.nullcontext(), eval_mode(mixed) as inside:
+            assert inside is mixed
+            assert self.flags(mixed) == ([False] * len(modes), trainable)
+            if fails:
+                raise KeyError
+        assert self.flags(mixed) == (modes, trainable)
 
     def test_an_attack_in_it_leaves_every_tensor_alone(self, mixed):
         before = {key: value.clone() for key, value in mixed.state_dict().items()}

@@ -95,7 +95,7 @@ class TestTrain:
             (["--attack.eps=much"], "attack.eps"),
             (["--data.source=nowhere/train.parquet"], "there is no file or folder nowhere/train.parquet"),
             (["--optim.batch_size=1000"], "do not fill a batch of 1000"),
-            (["--optim.lr=1e30"], "became NaN or infinite in epoch 1"),
+            (["--optim.lr=1e30"], "became NaN or infinite in step 2 of epoch 1"),
             (["--config"], "config"),
             (["stray"], "stray"),
         ],

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import timm_fsr.batches
 import timm_fsr.data
+import timm_fsr.rows
 import timm_fsr.sources
+import timm_fsr.streaming
 from timm_fsr.data import (
     Augmentation,
     ImageData,
@@ -115,7 +118,9 @@ class TestSplit:
             make_data((5, 5)).split(held_out)
 
 
-@pytest.mark.parametrize("module", [timm_fsr.data, timm_fsr.sources])
+@pytest.mark.parametrize(
+    "module", [timm_fsr.batches, timm_fsr.data, timm_fsr.rows, timm_fsr.sources, timm_fsr.streaming]
+)
 def test_heavy_packages_are_imported_when_needed(module, monkeypatch):
     for name in ("datasets", "pyarrow", "pandas", "accelerate", "rich.progress"):
         monkeypatch.setitem(sys.modules, name, None)  # so that importing it raises

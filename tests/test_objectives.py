@@ -1,4 +1,4 @@
-"""Natural training and AT against values computed by hand, on one process and on two."""
+"""Natural training and AT against values computed by hand, and every method's manners on one process and on two."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from accelerate import debug_launcher
+from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from tiny import images, labels, tiny_resnet, with_fsr
+from tiny import images, labels, same_state, state, tiny_resnet, with_fsr
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_fsr
-import timm_fsr.engine
 from timm_fsr.attacks import PGD, LossFunction, attack_mode
-from timm_fsr.objectives import AT, OBJECTIVES, LossTerms, Natural, attack_cross_entropy
+from timm_fsr.objectives import AT, MART, OBJECTIVES, TRADES, LossTerms, Natural, Objective
 
 FSR_TERMS = ["fsr.separation", "fsr.recalibration"]
 
@@ -37,8 +35,58 @@ class Brighten:
     def __call__(self, loss_fn: LossFunction, given: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         self.modes = {module.training for module in self.model.modules()}
         self.frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
-        self.losses, self.generator = loss_fn(given).detach(), generator
-        return (given + 0.1).clamp(0, 1)
+        self.losses, self.generator = loss_fn(brighter(given)).detach(), generator
+        return brighter(given)
+
+
+def brighter(given: Tensor) -> Tensor:
+    return (given + 0.1).clamp(0, 1)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Written out, in float64 and differentiable."""
+    shifted = logits.double() - logits.double().amax(1, keepdim=True).detach()
+    return shifted - shifted.exp().sum(1, keepdim=True).log()
+
+
+def cross_entropy(logits: Tensor, classes: Tensor, smoothing: float = 0.0) -> Tensor:
+    """One value per image: the share `smoothing` of the target is spread over all classes."""
+    rows = log_probabilities(logits)
+    right = torch.stack([row[label] for row, label in zip(rows, classes, strict=True)])
+    return -(1 - smoothing) * right - smoothing * rows.sum(1) / rows.shape[1]
+
+
+def fsr_terms(model: nn.Module, given: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
+    """The paper's auxiliary terms of some rows of a pass over `given`; none for a plain model."""
+    with timm_fsr.record(model) as tape, torch.no_grad():
+        logits = model(given)[rows].clone()
+    if not tape:
+        return {}
+    aux = tape["layer4"]
+    logits[torch.arange(len(logits)), labels()] = float("-inf")
+    robust, nonrobust = aux.robust_logits[rows], aux.nonrobust_logits[rows]
+    separation = cross_entropy(robust, labels()).mean() + cross_entropy(nonrobust, logits.argmax(1)).mean()
+    recalibration = cross_entropy(aux.recalibrated_logits[rows], labels()).mean()
+    return {"fsr.separation": separation, "fsr.recalibration": recalibration}
+
+
+def assert_terms(found: LossTerms, expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].shape == ()
+        torch.testing.assert_close(
+            found[name].detach().double(),
+            value.double(),
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    torch.testing.assert_close(
+        found.total().detach().double(),
+        torch.stack([value.double() for value in expected.values()]).sum(),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.fixture(params=["plain", "fsr"])
@@ -53,45 +101,25 @@ def fsr_model() -> nn.Module:
     return with_fsr(tiny_resnet(), noise=False).train()
 
 
-def expected_terms(model: nn.Module, name: str, given: Tensor, smoothing: float = 0.0) -> dict[str, Tensor]:
-    """The terms by the formulas of the paper, with log-probabilities written out."""
-    with timm_fsr.record(model) as tape, torch.no_grad():
-        logits = model(given)
-
-    def nll(logits: Tensor, classes: Tensor) -> Tensor:
-        return -logits.log_softmax(1)[torch.arange(len(classes)), classes].mean()
-
-    uniform = -logits.log_softmax(1).mean()
-    terms = {name: (1 - smoothing) * nll(logits, labels()) + smoothing * uniform}
-    if tape:
-        aux = tape["layer4"]
-        rivals = logits.clone()
-        rivals[torch.arange(len(logits)), labels()] = float("-inf")
-        terms["fsr.separation"] = nll(aux.robust_logits, labels()) + nll(aux.nonrobust_logits, rivals.argmax(1))
-        terms["fsr.recalibration"] = nll(aux.recalibrated_logits, labels())
-    return terms
-
-
-def assert_terms(found: LossTerms, expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert found[name].shape == ()
-        torch.testing.assert_close(found[name].detach(), value, msg=lambda text, name=name: f"{name}: {text}")
-    torch.testing.assert_close(found.total().detach(), sum(expected.values(), start=torch.zeros(())))
+@pytest.fixture(params=OBJECTIVES)
+def objective(request: pytest.FixtureRequest) -> Objective:
+    return OBJECTIVES[request.param]()
 
 
 class TestTerms:
-    def test_natural_training_is_on_the_images_as_they_are(self, model):
+    @pytest.mark.parametrize("smoothing", [0.0, 0.3])
+    def test_natural_training_is_on_the_images_as_they_are(self, model, smoothing):
         attack = Brighten(model)
-        assert_terms(Natural()(model, attack, images(), labels()), expected_terms(model, "natural", images()))
+        terms = Natural(label_smoothing=smoothing)(model, attack, images(), labels())
+        natural = cross_entropy(model(images()).detach(), labels(), smoothing).mean()
+        assert_terms(terms, {"natural": natural, **fsr_terms(model, images())})
         assert attack.losses is None, "natural training attacked"
 
-    def test_at_is_on_the_adversarial_images_with_every_auxiliary_term(self, model):
-        terms = AT()(model, Brighten(model), images(), labels())
-        brighter = (images() + 0.1).clamp(0, 1)
-        assert_terms(terms, expected_terms(model, "adversarial", brighter))
-        torch.testing.assert_close(terms.logits, model(brighter).detach())
-        assert not terms.logits.requires_grad
+    @pytest.mark.parametrize("smoothing", [0.0, 0.3])
+    def test_at_is_on_the_adversarial_images_with_every_auxiliary_term(self, model, smoothing):
+        terms = AT(label_smoothing=smoothing)(model, Brighten(model), images(), labels())
+        adversarial = cross_entropy(model(brighter(images())).detach(), labels(), smoothing).mean()
+        assert_terms(terms, {"adversarial": adversarial, **fsr_terms(model, brighter(images()))})
 
     def test_the_official_weights_are_one(self, fsr_model):
         heavier = with_fsr(tiny_resnet(), noise=False, separation_weight=3.0, recalibration_weight=0.5).train()
@@ -100,107 +128,139 @@ class TestTerms:
         for name, weight in {"adversarial": 1, "fsr.separation": 3, "fsr.recalibration": 0.5}.items():
             torch.testing.assert_close(other[name], weight * one[name])
 
-    @pytest.mark.parametrize("objective", [Natural(label_smoothing=0.3), AT(label_smoothing=0.3)], ids=repr)
-    def test_label_smoothing_is_of_the_main_term(self, model, objective):
+    def test_logits_are_those_of_the_training_pass_by_what_was_shown(self, model, objective):
         terms = objective(model, Brighten(model), images(), labels())
-        given = images() if "natural" in terms else (images() + 0.1).clamp(0, 1)
-        assert_terms(terms, expected_terms(model, next(iter(terms)), given, smoothing=0.3))
+        clean, attacked = model(torch.cat([images(), brighter(images())])).chunk(2)
+        expected = {
+            Natural: {"clean": model(images())},
+            AT: {"adversarial": model(brighter(images()))},
+            TRADES: {"clean": clean, "adversarial": attacked},
+            MART: {"clean": clean, "adversarial": attacked},
+        }[type(objective)]
+        assert list(terms.logits) == list(expected)
+        for kind, logits in terms.logits.items():
+            assert not logits.requires_grad
+            torch.testing.assert_close(logits, expected[kind].detach())
 
-    def test_the_attack_maximises_the_plain_cross_entropy_in_eval_mode(self, model):
+    @pytest.mark.parametrize("method", [AT, MART])
+    def test_the_attack_maximises_the_plain_cross_entropy_in_eval_mode(self, model, method):
         with attack_mode(model), torch.no_grad():
-            expected = F.cross_entropy(model(images()), labels(), reduction="none")
+            expected = cross_entropy(model(brighter(images())), labels())
         attack, generator = Brighten(model), torch.Generator()
-        AT(label_smoothing=0.3)(model, attack, images(), labels(), generator=generator)
+        method(label_smoothing=0.3)(model, attack, images(), labels(), generator=generator)
         assert attack.modes == {False}
         assert attack.frozen
         assert attack.generator is generator
-        torch.testing.assert_close(attack.losses, expected)
+        torch.testing.assert_close(attack.losses.double(), expected)
 
-    def test_gradients_reach_every_parameter(self, model):
-        AT()(model, PGD(steps=2), images(), labels()).total().backward()
+    def test_gradients_reach_every_parameter(self, model, objective):
+        objective(model, PGD(steps=2), images(), labels()).total().backward()
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
     @pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
-    def test_bad_label_smoothing_is_refused(self, smoothing):
-        for objective in OBJECTIVES.values():
-            with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
-                objective(label_smoothing=smoothing)
+    def test_bad_label_smoothing_is_refused(self, objective, smoothing):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+            type(objective)(label_smoothing=smoothing)
+
+    @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+    @pytest.mark.parametrize(("method", "name"), [(AT, "grad_align"), (TRADES, "beta"), (MART, "beta")])
+    def test_bad_weights_are_refused(self, method, name, weight):
+        with pytest.raises(ValueError, match=f"{name}={weight} must be 0 or more"):
+            method(**{name: weight})
 
 
 class TestManners:
-    def test_the_attack_touches_no_running_statistics(self, model):
-        """Afterwards they are those of one pass in training mode over the adversarial images."""
-        attack = PGD(steps=2, random_start=False)
-        before = {key: value.clone() for key, value in model.state_dict().items()}
-        adversarial = attack_cross_entropy(model, attack, images(), labels())
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        AT()(model, attack, images(), labels())
-        after = {key: value.clone() for key, value in model.state_dict().items()}
+    def test_the_attack_touches_no_running_statistics(self, model, objective):
+        """Afterwards they are those of one pass in training mode over the images that were shown."""
+        attack = PGD(steps=2)
+        before = state(model)
+        starts = torch.Generator().manual_seed(5)
+        adversarial = objective.craft(model, attack, images(), labels(), generator=starts)
+        assert same_state(model, before)
+        objective(model, attack, images(), labels(), generator=starts.manual_seed(5))
+        after = state(model)
         model.load_state_dict(before)
-        model(adversarial)
-        expected = model.state_dict()
+        model(adversarial if isinstance(objective, (Natural, AT)) else torch.cat([images(), adversarial]))
+        assert same_state(model, after)
         moved = [key for key in after if not torch.equal(after[key], before[key])]
-        assert all(torch.equal(after[key], expected[key]) for key in after)
         assert "bn1.running_mean" in moved
         assert all("running" in key or "num_batches" in key for key in moved)
 
-    def test_flags_stay_and_no_gradient_is_accumulated(self, model):
+    def test_flags_stay_and_no_gradient_is_accumulated(self, model, objective):
         model.bn1.eval()
         model.conv1.weight.requires_grad_(False)
         modes = [module.training for module in model.modules()]
-        AT()(model, PGD(steps=2), images(), labels())
+        objective(model, PGD(steps=2), images(), labels())
         assert [module.training for module in model.modules()] == modes
         assert not model.conv1.weight.requires_grad
         assert all(parameter.requires_grad for name, parameter in model.named_parameters() if name != "conv1.weight")
         assert all(parameter.grad is None for parameter in model.parameters())
 
-    def test_flags_are_restored_when_the_attack_fails(self, model):
+    @pytest.mark.parametrize("method", [AT, TRADES, MART])
+    def test_flags_are_restored_when_the_attack_fails(self, model, method):
         def broken(*_: object, **__: object) -> Tensor:
             raise RuntimeError("out of memory")
 
         with pytest.raises(RuntimeError, match="out of memory"):
-            AT()(model, broken, images(), labels())
+            method()(model, broken, images(), labels())
         assert all(module.training for module in model.modules())
         assert all(parameter.requires_grad for parameter in model.parameters())
 
-    def test_no_tape_stays_behind(self, fsr_model):
-        AT()(fsr_model, Brighten(fsr_model), images(), labels())
+    def test_no_tape_stays_behind(self, fsr_model, objective):
+        objective(fsr_model, Brighten(fsr_model), images(), labels())
         assert all(group.tape is None for group in timm_fsr.sites.layer_groups(fsr_model))
 
 
 # On two processes.
+
+METHODS: dict[str, Objective] = {"at": AT(), "trades": TRADES(), "mart": MART(), "aligned": AT(grad_align=0.2)}
+JOINT = ("at", "trades", "mart")  # those that draw nothing at random
+
+
+class FromAside:
+    """Gradient steps from a fixed point beside the image, where the divergence of TRADES has a gradient."""
+
+    eps = 0.1
+
+    def __call__(self, loss_fn: LossFunction, given: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return PGD(eps=0.1, steps=3, random_start=False)(loss_fn, (given + 0.05).clamp(0, 1))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def one_step(model: nn.Module, given: Tensor, classes: Tensor) -> None:
-    AT()(model, PGD(eps=0.1, steps=3, random_start=False), given, classes).total().backward()
+def one_step(model: nn.Module, method: str, given: Tensor, classes: Tensor) -> None:
+    model.zero_grad()
+    METHODS[method](model, FromAside(), given, classes).total().backward()
 
 
 def rank_main(folder: Path) -> None:
     """What each of the two processes does: its half of the batch in eval mode, then steps in training mode."""
     AcceleratorState._reset_state(reset_partial_state=True)  # this process is a copy of one that may have trained
-    accelerator = timm_fsr.engine.build_accelerator()
+    accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
     inner = with_fsr(tiny_resnet())
     prepared, optimizer = accelerator.prepare(inner, torch.optim.SGD(inner.parameters(), lr=0.1))
     assert isinstance(prepared, DistributedDataParallel)
     forwards = count_calls(prepared)
+    half = images(8)[4 * rank : 4 * rank + 4], labels(8)[4 * rank : 4 * rank + 4]
 
     prepared.eval()  # fixed BatchNorm statistics and no noise: each image is on its own
-    one_step(prepared, images(8)[4 * rank : 4 * rank + 4], labels(8)[4 * rank : 4 * rank + 4])
-    joint = gradients(inner)
-    assert forwards() == 1, "the attack ran through the wrapper"
+    joint = {}
+    for method in JOINT:
+        one_step(prepared, method, *half)
+        joint[method] = gradients(inner)
+    assert forwards() == len(JOINT), "an attack ran through the wrapper, or a method made two passes"
 
     prepared.train()
-    for step in range(3):
-        optimizer.zero_grad()
-        torch.manual_seed(10 * step + rank)
-        one_step(prepared, images(8)[4 * rank : 4 * rank + 4], labels(8)[4 * rank : 4 * rank + 4])
-        optimizer.step()
-    parameters = {name: parameter.detach() for name, parameter in inner.named_parameters()}
+    parameters = {}
+    for number, method in enumerate(METHODS):
+        for step in range(2):
+            torch.manual_seed(100 * number + 10 * step + rank)
+            one_step(prepared, method, *half)
+            optimizer.step()
+        parameters[method] = {name: parameter.detach().clone() for name, parameter in inner.named_parameters()}
     torch.save({"joint": joint, "parameters": parameters, "forwards": forwards()}, folder / f"{rank}.pt")
 
 
@@ -211,18 +271,28 @@ def count_calls(module: nn.Module) -> Callable[[], int]:
 
 
 def test_two_processes_compute_the_gradient_of_the_joint_batch(tmp_path):
-    """And do not hang at the second step, as they would if an auxiliary head had no part in the loss."""
+    """And do not hang at the second step, as they would if an auxiliary head had no part in the loss.
+
+    In training mode a method of two passes would fail there: the second would overwrite the BatchNorm statistics
+    that the first one's backward pass is checked against.
+    """
     debug_launcher(rank_main, args=(tmp_path,), num_processes=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
 
     alone = with_fsr(tiny_resnet()).eval()
-    one_step(alone, images(8), labels(8))
-    for name, gradient in gradients(alone).items():
-        for rank in (first, second):
-            torch.testing.assert_close(
-                rank["joint"][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
-    for name, value in first["parameters"].items():
-        assert torch.equal(value, second["parameters"][name]), f"{name} has drifted apart"
-        assert not torch.equal(value, alone.get_parameter(name)), f"{name} was not trained"
-    assert first["forwards"] == second["forwards"] == 4
+    for method in JOINT:
+        one_step(alone, method, images(8), labels(8))
+        for name, gradient in gradients(alone).items():
+            for rank in (first, second):
+                found = rank["joint"][method][name]
+                torch.testing.assert_close(
+                    found, gradient, rtol=1e-4, atol=2e-6, msg=lambda text, name=f"{method} {name}": f"{name}: {text}"
+                )
+    earlier = dict(alone.named_parameters())
+    for method, trained in first["parameters"].items():
+        for name, value in trained.items():
+            assert value.isfinite().all(), f"{name} broke under {method}"
+            assert torch.equal(value, second["parameters"][method][name]), f"{name} drifted apart under {method}"
+            assert not torch.equal(value, earlier[name]), f"{name} was not trained by {method}"
+        earlier = trained
+    assert first["forwards"] == second["forwards"] == len(JOINT) + 2 * len(METHODS)

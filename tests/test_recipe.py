@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,10 @@ from timm_fsr.demo import quickstart_recipe
 from timm_fsr.hub import save_pretrained
 from timm_fsr.objectives import AT, Natural
 from timm_fsr.recipe import (
+    AttackOptions,
+    CheckpointOptions,
     DataOptions,
+    EvaluationOptions,
     ModelOptions,
     ObjectiveOptions,
     OptimOptions,
@@ -34,7 +36,7 @@ class TestCheck:
 
     @pytest.fixture(autouse=True)
     def _no_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("timm_fsr.recipe.load_data", lambda *_, **__: pytest.fail("data was read"))
+        monkeypatch.setattr("timm_fsr.data_options.load_data", lambda *_, **__: pytest.fail("data was read"))
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -53,10 +55,19 @@ class TestCheck:
             (["--model.args.depth_of_thought=3"], "depth_of_thought"),
             (["--model.name=resnet_tiny_cifar_fsr", "--model.layer_args.fsr.hidden=8"], "has the layer 'fsr' already"),
             (["--model.name=resnet_tiny_cifar_fsr", "--model.at=[layer3]"], "has the layer 'fsr' already"),
-            (["--objective.name=ta"], "unknown objective.name 'ta'; did you mean 'at'"),
-            (["--objective.args.label_smooting=0.1"], "did you mean 'label_smoothing'"),
-            (["--objective.args.label_smoothing=2"], r"label_smoothing=2 must lie in \[0, 1\)"),
-            (["--objective.args.label_smoothing=much"], "label_smoothing"),
+            (["--objective.name=ta"], "unknown objective 'ta'; did you mean .*'at'"),
+            (["--objective.args.at.label_smooting=0.1"], "did you mean 'label_smoothing'"),
+            (["--objective.args.at.label_smoothing=2"], r"label_smoothing=2 must lie in \[0, 1\)"),
+            (["--objective.args.at.label_smoothing=much"], "label_smoothing.* of another type"),
+            (["--objective.args.label_smoothing=0.1"], "objective.args.*dict"),
+            (["--objective.args.trades.betta=6"], "argument of the objective 'trades' 'betta'; did you mean 'beta'"),
+            (["--objective.args.tardes.beta=6"], "unknown objective 'tardes'; did you mean 'trades'"),
+            (["--objective.name=trades", "--attack.random_start=false"], "zero at the image itself.* random_start"),
+            (["--objective.name=trades", "--attack.name=fgsm"], "zero at the image itself.* random_start"),
+            (["--attack.name=bim"], "attack.name|invalid choice|Literal"),
+            (["--attack.name=n_fgsm", "--attack.steps=10"], "attack.steps=10 has no meaning .*'n_fgsm'"),
+            (["--attack.warmup_epochs=-1"], "attack.warmup_epochs=-1.0 must be 0 or more"),
+            (["--attack.start_noise=0"], "start_noise=0.0 must be a positive"),
             (["--attack.eps=-8/255"], "must be 0 or more"),
             (["--attack.norm=l3"], "norm='l3' is unknown"),
             (["--attack.steps=0"], "steps=0"),
@@ -74,6 +85,15 @@ class TestCheck:
             (["--data.crop_padding=-1"], "data.crop_padding=-1 must be 0 or more"),
             (["--evaluation.attacks=[pdg20]"], "unknown attack 'pdg20'; did you mean 'pgd20'"),
             (["--evaluation.validation_steps=0"], "validation_steps=0"),
+            (["--evaluation.patience=0"], "evaluation.patience=0 must be at least 1"),
+            (["--checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
+            (["--optim.accumulate=3"], "does not divide into optim.accumulate=3"),
+            (["--optim.schedule=linear"], "schedule"),
+            (["--resume=true", "--overwrite=true"], "resume and overwrite contradict each other"),
+            (["--compile=inductr"], "unknown torch.compile backend 'inductr'; did you mean 'inductor'"),
+            (["--compile=eager", "--objective.args.at.grad_align=0.2"], "differentiates twice, .* with compile"),
+            (["--gradient_checkpointing=true", "--objective.args.at.grad_align=0.2"], "with gradient_checkpointing"),
+            (["--optim.milestones=[-1]"], "are epochs and must be 0 or more"),
             (["--evaluation.validate_every=0"], "validate_every=0 must be at least 1"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -81,6 +101,23 @@ class TestCheck:
     def test_what_cannot_work_is_refused(self, flags, message):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             parse_arguments(flags).check()
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--compile=inductor"],
+            ["--objective.args.at.grad_align=0.2", "--attack.name=fgsm"],
+            ["--compile=eager", "--objective.name=trades", "--objective.args.at.grad_align=0.2"],
+            ["--resume=true"],
+            ["--objective.name=mart", "--attack.random_start=false"],
+            ["--objective.name=trades", "--attack.start_noise=0.001"],
+            ["--objective.name=trades", "--objective.args.trades.beta=0", "--attack.name=fgsm"],
+            ["--objective.name=trades", "--attack.name=n_fgsm"],
+        ],
+        ids=" ".join,
+    )
+    def test_what_can_work_passes(self, flags):
+        parse_arguments(flags).check()
 
     def test_a_place_that_cannot_reach_the_logits_is_refused(self):
         """The last block of a ViT that pools its class token; the remedy is in the message."""
@@ -103,7 +140,6 @@ class TestCheck:
         assert recipe.attack.build() == PGD(eps=8 / 255, steps=10, step_size=2 / 255)
         optim = recipe.optim
         assert (optim.epochs, optim.batch_size, optim.lr, optim.weight_decay) == (100, 128, 0.1, 5e-4)
-        assert [optim.lr * optim.lr_factor(e) for e in (0, 74.9, 75, 90)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
         model = recipe.model.build(num_classes=10)
         assert (model.fsr["layer4"].hidden, model.fsr["layer4"].tau) == (64, 0.1)
         optimizer = optim.build(model)
@@ -111,6 +147,11 @@ class TestCheck:
         assert not optimizer.defaults["nesterov"]
         assert optimizer.defaults["momentum"] == 0.9
         assert {group["weight_decay"] for group in optimizer.param_groups} == {5e-4}, "the paper decays everything"
+        schedule, found = optim.build_schedule(optimizer, 382), []
+        for step in (0, 75 * 382 - 1, 75 * 382, 90 * 382 - 1, 90 * 382, 100 * 382 - 1):
+            schedule.step_update(step)
+            found.append(optimizer.param_groups[0]["lr"])
+        assert found == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
     def test_the_quickstart_recipe_is_the_demos(self):
         assert Recipe.load(RECIPES[0].with_stem("fashion_mnist_quickstart")) == quickstart_recipe()
@@ -122,34 +163,112 @@ class TestCheck:
         assert torch.empty(0).device.type == "cpu"
 
 
-class TestSchedules:
-    @pytest.mark.parametrize(
-        ("options", "expected"),
-        [
-            ({"schedule": "constant"}, {0: 1, 5: 1, 9.99: 1}),
-            (
-                {"schedule": "step", "milestones": [4, 8], "gamma": 0.1},
-                {0: 1, 3.99: 1, 4: 0.1, 7.99: 0.1, 8: 0.01, 9.9: 0.01},
-            ),
-            (
-                {"schedule": "cosine"},
-                {0: 1, 2.5: (1 + math.sqrt(0.5)) / 2, 5: 0.5, 7.5: (1 - math.sqrt(0.5)) / 2, 10: 0},
-            ),
-            ({"schedule": "cosine", "warmup": 0.2}, {0: 0, 1: 0.5, 2: 1, 6: 0.5, 10: 0}),
-            ({"schedule": "one_cycle", "warmup": 0.4}, {0: 0, 1: 0.25, 4: 1, 7: 0.5, 10: 0}),
-            ({"schedule": "one_cycle"}, {0: 1, 5: 0.5, 10: 0}),
-        ],
+class TestYAML:
+    # Every key of every section at another value than its default.
+    CHANGED = Recipe(
+        output="elsewhere",
+        overwrite=True,
+        resume=True,
+        seed=3,
+        mixed_precision="bf16",
+        channels_last=False,
+        compile="inductor",
+        gradient_checkpointing=True,
+        batch_norm="sync",
+        trackers=["tensorboard", "wandb"],
+        model=ModelOptions(
+            name="test_vit",
+            layer=None,
+            at=[-2, "blocks:-1"],
+            layer_args={"fsr": {"tau": 0.3}},
+            args={"img_size": 32},
+            pretrained=True,
+        ),
+        data=DataOptions(
+            source="a/b",
+            config="c",
+            train_split="t",
+            test_split="u",
+            image_column="i",
+            label_column="l",
+            size=32,
+            channels=3,
+            limit_train=100,
+            limit_test=50,
+            held_out=10,
+            crop_padding=2,
+            flip=False,
+            extra_source="d/e",
+            extra_split="v",
+            extra_fraction=0.7,
+            extra_limit=20,
+            streamed=True,
+            workers=2,
+            crop_scale=[0.25, 1.0],
+        ),
+        attack=AttackOptions(
+            name="fgsm_rs",
+            norm="l2",
+            eps=4 / 255,
+            steps=1,
+            step_size=5 / 255,
+            random_start=False,
+            start_noise=0.001,
+            warmup_epochs=2.5,
+        ),
+        objective=ObjectiveOptions(name="trades", args={"trades": {"beta": 3.5}, "at": {"grad_align": 0.2}}),
+        optim=OptimOptions(
+            optimizer="adamw",
+            lr=1e-3,
+            momentum=0.8,
+            weight_decay=0.05,
+            decay_all=False,
+            layer_decay=0.75,
+            epochs=7,
+            batch_size=64,
+            accumulate=4,
+            schedule="cosine",
+            milestones=[1, 2.5],
+            gamma=0.2,
+            warmup=0.1,
+            clip_grad=1.0,
+            ema_decay=0.99,
+            ema_warmup=True,
+            awp_gamma=0.005,
+            awp_start=5,
+            nonfinite="skip",
+        ),
+        evaluation=EvaluationOptions(
+            attacks=["pgd7"], validation_steps=3, validate_every=2, patience=4, overfitting_alarm=False
+        ),
+        checkpoint=CheckpointOptions(every_steps=100, keep=5),
     )
-    def test_factors_are_those_by_hand(self, options, expected):
-        optim = OptimOptions(epochs=10, **options)
-        for epoch, factor in expected.items():
-            assert optim.lr_factor(epoch) == pytest.approx(factor, abs=1e-12)
+
+    def test_every_key_survives_it(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        for recipe in (self.CHANGED, Recipe()):
+            path.write_text(recipe.to_yaml(), encoding="utf-8")
+            assert Recipe.load(path) == recipe
+
+    def test_the_test_above_leaves_no_key_at_its_default(self):
+        def unchanged(found: Any, default: Any, prefix: str = "") -> list[str]:
+            names = []
+            for entry in dataclasses.fields(default):
+                one, other = getattr(found, entry.name), getattr(default, entry.name)
+                if dataclasses.is_dataclass(other):
+                    names += unchanged(one, other, f"{prefix}{entry.name}.")
+                elif one == other:
+                    names.append(f"{prefix}{entry.name}")
+            return names
+
+        assert unchanged(self.CHANGED, Recipe()) == []
 
 
 class TestBuilding:
     def test_objectives(self):
         assert ObjectiveOptions().build() == AT()
-        assert ObjectiveOptions(name="natural", args={"label_smoothing": 0.1}).build() == Natural(label_smoothing=0.1)
+        args = {"natural": {"label_smoothing": 0.1}}
+        assert ObjectiveOptions(name="natural", args=args).build() == Natural(label_smoothing=0.1)
 
     def test_norms_and_biases_are_decayed_on_demand(self):
         model = timm.create_model("resnet_tiny_cifar")

@@ -178,6 +178,33 @@ def test_wrappers_are_looked_through(model: nn.Module) -> None:
     assert traces(wrapped) == []
 
 
+@pytest.mark.parametrize("rows", [slice(2, None), slice(0, 3), slice(1, 6, 2)], ids=str)
+def test_losses_of_some_rows_are_those_of_recording_them_alone(rows: slice) -> None:
+    model = with_fsr(tiny_resnet(), at="stages").eval()
+    given, classes = images(6), labels(6)
+    with timm_fsr.record(model, classes) as tape:
+        logits = model(given)
+    with timm_fsr.record(model, classes[rows]) as alone:
+        expected = alone.losses(model(given[rows]))
+    found = tape.losses(logits[rows], classes[rows], rows=rows)
+    assert list(found) == list(expected) == ["fsr.separation", "fsr.recalibration"]
+    whole = tape.losses(logits)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+        assert abs(whole[name] - value).item() > 1e-4, "the rows cannot be told from the whole"
+    tape.losses(logits)["fsr.separation"].backward()  # the tape itself is still whole
+
+
+def test_gradients_of_some_rows_are_theirs_alone() -> None:
+    model = with_fsr(tiny_resnet()).eval()
+    given = images(4).requires_grad_()
+    with timm_fsr.record(model, labels(4)) as tape:
+        logits = model(given)
+    sum(tape.losses(logits[2:], labels(4)[2:], rows=slice(2, None)).values()).backward()
+    assert given.grad[2:].flatten(1).any(dim=1).all()
+    assert not given.grad[:2].any()
+
+
 # Modules that a conversion replaces.
 
 CONVERSIONS = {

@@ -193,7 +193,7 @@ class TestParquet:
         table = datasets.Dataset.from_dict(rows, features=features)
         table.select([0]).to_parquet(tmp_path / "a.parquet")
         table.select([1]).to_parquet(tmp_path / "b.parquet")
-        with pytest.raises(ValueError, match="cannot be decoded in rows 0 to 0"):
+        with pytest.raises(ValueError, match="cannot be decoded in row 0"):
             load_data(tmp_path / "a.parquet")
         with pytest.raises(ValueError, match="rows without an image"):
             load_data(tmp_path / "b.parquet")
@@ -268,6 +268,78 @@ class TestIdx:
         (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"")
         with pytest.raises(ValueError, match="not complete IDX files"):
             load_data(tmp_path, "test")
+
+
+class TestNpz:
+    IMAGES = np.random.default_rng(0).integers(0, 256, (300, 5, 7, 3), np.uint8)
+    LABELS = np.arange(300) % 3
+
+    def write(self, folder: Path, **arrays: np.ndarray) -> Path:
+        np.savez(folder / "generated.npz", **arrays)
+        return folder / "generated.npz"
+
+    @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+    @pytest.mark.parametrize("split", ["train", "generated"])
+    def test_loads(self, tmp_path, save, split):
+        save(tmp_path / "generated.npz", image=self.IMAGES, label=self.LABELS.astype(np.uint8), other=np.zeros(2))
+        data = load_data(str(tmp_path / "generated.npz"), split)
+        assert torch.equal(data.images, torch.from_numpy(self.IMAGES).permute(0, 3, 1, 2))
+        assert data.images.is_contiguous()
+        assert torch.equal(data.labels, torch.from_numpy(self.LABELS))
+        assert (data.classes, data.name) == (("0", "1", "2"), f"{tmp_path / 'generated.npz'}[{split}]")
+
+    def test_grey(self, tmp_path):
+        for images in (self.IMAGES[..., 0], self.IMAGES[..., :1]):
+            data = load_data(self.write(tmp_path, image=images, label=self.LABELS))
+            assert torch.equal(data.images[:, 0], torch.from_numpy(self.IMAGES[..., 0]))
+            assert data.image_size == (1, 5, 7)
+
+    def test_limit_size_channels_and_classes(self, tmp_path):
+        file = self.write(tmp_path, image=self.IMAGES, label=self.LABELS)
+        data = load_data(file, limit=30, size=4, channels=1, classes=["a", "b", "c"])
+        assert data.labels.bincount().tolist() == [10] * 3
+        assert (data.image_size, data.classes) == ((1, 4, 4), ("a", "b", "c"))
+        same = load_data(file, limit=30, size=(5, 7), channels=3)
+        assert same.fingerprint == load_data(file, limit=30).fingerprint
+        with pytest.raises(ValueError, match="labels from 0 to 2 but 2 classes"):
+            load_data(file, classes=["a", "b"])
+        with pytest.raises(ValueError, match="no split 'test'; use one of: generated, train"):
+            load_data(file, "test")
+
+    @pytest.mark.parametrize(
+        ("arrays", "message"),
+        [
+            ({"images": IMAGES, "label": LABELS}, r"arrays images, label but 'image' and 'label' are needed; save it"),
+            ({"image": IMAGES / 255, "label": LABELS}, "'image' of float64 .* must be uint8"),
+            (
+                {"image": IMAGES.transpose(0, 3, 1, 2), "label": LABELS},
+                r"\(300, 3, 5, 7\); it must be uint8 .* H, W, 3",
+            ),
+            ({"image": IMAGES[:0], "label": LABELS[:0]}, r"shape \(0, 5, 7, 3\); it must be"),
+            ({"image": IMAGES, "label": LABELS[:9]}, r"'label' of int64 .* \(9,\); .* each of 300 images"),
+            ({"image": IMAGES, "label": LABELS / 2}, "'label' of float64"),
+            ({"image": IMAGES, "label": LABELS.astype(object)}, "no complete NumPy archive of plain arrays"),
+        ],
+    )
+    def test_refuses(self, tmp_path, arrays, message):
+        with pytest.raises(ValueError, match=message):
+            load_data(self.write(tmp_path, **arrays))
+
+    @pytest.mark.parametrize("content", [b"", b"no archive", b"cut"])
+    def test_not_an_archive(self, tmp_path, content):
+        file = self.write(tmp_path, image=self.IMAGES, label=self.LABELS)
+        file.write_bytes(file.read_bytes()[:9000] if content == b"cut" else content)
+        with pytest.raises(ValueError, match=r"no complete NumPy archive .*; fetch it again") as caught:
+            load_data(file)
+        assert "\n" not in str(caught.value)
+
+    def test_a_single_array_and_no_file(self, tmp_path):
+        with (tmp_path / "single.npz").open("wb") as file:
+            np.save(file, self.IMAGES)
+        with pytest.raises(ValueError, match="it is a single array"):
+            load_data(tmp_path / "single.npz")
+        with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.npz; check the path"):
+            load_data(tmp_path / "none.npz")
 
 
 class TestUnknownSource:

@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from timm_fsr import models as _models  # noqa: F401  (registers the timm variants)
-from timm_fsr.attacks import FGSM, PGD, attack_mode
+from timm_fsr.attacks import FGSM, NFGSM, PGD, attack_mode
 from timm_fsr.convert import convert_official
 from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
-from timm_fsr.objectives import AT, Natural
+from timm_fsr.objectives import AT, MART, TRADES, Natural, Objective
 from timm_fsr.pixels import PixelModel
 from timm_fsr.sites import attach, detach, reattach, record
 from timm_fsr.version import __version__
@@ -38,10 +38,14 @@ __all__ = [
     "AT",
     "FGSM",
     "FSR",
+    "MART",
+    "NFGSM",
     "PGD",
+    "TRADES",
     "FeatureLayer",
     "ImageData",
     "Natural",
+    "Objective",
     "PixelModel",
     "Recipe",
     "Report",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class Attack(Protocol):
     def __call__(self, loss_fn: LossFunction, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images of the same shape, in [0, 1] and within eps of `images`."""
 
+    def with_eps(self, eps: float) -> Attack:
+        """The same attack in another ball."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
@@ -36,7 +39,8 @@ class PGD:
         eps: radius of the ball, in pixels of [0, 1]; 0 returns the images.
         steps: number of gradient steps.
         step_size: length of a step; None means 2.5 * eps / steps (0.25 * eps for the 10 steps of the FSR paper).
-        random_start: begin at a uniformly random point of the ball.
+        random_start: begin at a random point of the ball, drawn uniformly unless `start_noise` is given.
+        start_noise: standard deviation of a Gaussian start, in pixels (0.001 in the code of TRADES and of MART).
         restarts: independent runs; each image keeps the one with the highest loss.
 
     Raises:
@@ -48,6 +52,7 @@ class PGD:
     steps: int = 10
     step_size: float | None = None
     random_start: bool = True
+    start_noise: float | None = None
     restarts: int = 1
 
     def __post_init__(self) -> None:
@@ -61,11 +66,15 @@ class PGD:
             raise ValueError(f"step_size={self.step_size} must be positive and finite, or None for 2.5 * eps / steps")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} without random_start would repeat the same run")
+        if self.start_noise is not None and not (self.random_start and 0 < self.start_noise < float("inf")):
+            raise ValueError(
+                f"start_noise={self.start_noise} must be a positive standard deviation in pixels, and needs "
+                "random_start; leave it out to start uniformly in the ball"
+            )
 
     def with_eps(self, eps: float) -> PGD:
         """The same attack in another ball, with the step in proportion."""
-        scale = eps / self.eps if self.eps else 1.0
-        return replace(self, eps=eps, step_size=None if self.step_size is None else self.step_size * scale or None)
+        return replace(self, eps=eps, step_size=_in_proportion(self.step_size, eps, self.eps))
 
     def __call__(self, loss_fn: LossFunction, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Attack `images`.
@@ -102,11 +111,16 @@ class PGD:
         step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         adversarial = images
         if self.random_start:
-            adversarial = self._project(images + random_in_ball(images, self.norm, self.eps, generator), images)
+            adversarial = self._project(images + self._start(images, generator), images)
         for _ in range(self.steps):
             gradient = input_gradient(loss_fn, adversarial)
             adversarial = self._project(adversarial + step_size * _ascent_direction(gradient, self.norm), images)
         return adversarial
+
+    def _start(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.start_noise is None:
+            return random_in_ball(images, self.norm, self.eps, generator)
+        return torch.empty_like(images).normal_(std=self.start_noise, generator=generator)
 
     def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """The nearest point of the ball, then of [0, 1]; overwrites `adversarial`."""
@@ -140,6 +154,7 @@ class FGSM:
         ValueError: an unknown norm or a negative eps.
     """
 
+    random_start: ClassVar[bool] = False
     norm: str = "linf"
     eps: float = 8 / 255
 
@@ -158,22 +173,77 @@ class FGSM:
         return PGD(norm=self.norm, eps=self.eps, steps=1, step_size=self.eps or None, random_start=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NFGSM:
+    """N-FGSM (de Jorge et al., 2022, arXiv 2202.01181): one step from an image with much noise, unclipped.
+
+    For training only. The result lies in [0, 1] but up to `noise * eps + step_size` from the image: not clipping it
+    to the ball is what keeps one-step training from catastrophic overfitting.
+
+    Attributes:
+        eps: radius of the ball that the model is to resist, in pixels of [0, 1].
+        noise: half-width of the uniform noise, in multiples of eps.
+        step_size: length of the step, in pixels; None means eps.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    eps: float = 8 / 255
+    noise: float = 2.0
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.eps < float("inf") and 0 <= self.noise < float("inf")):
+            raise ValueError(f"eps={self.eps} (pixels) and noise={self.noise} (multiples of eps) must be 0 or more")
+        if self.step_size is not None and not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size={self.step_size} must be positive and finite, or None for eps")
+
+    def with_eps(self, eps: float) -> NFGSM:
+        """The same attack for another radius."""
+        return replace(self, eps=eps, step_size=_in_proportion(self.step_size, eps, self.eps))
+
+    def __call__(self, loss_fn: LossFunction, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Attack `images`; see `PGD.__call__`."""
+        check_images(images)
+        if self.eps == 0:
+            return images.detach().clone()
+        step_size = self.eps if self.step_size is None else self.step_size
+        noise = random_in_ball(images, "linf", self.noise * self.eps, generator)
+        noisy = (images.detach() + noise).clamp_(0, 1)
+        gradient = input_gradient(loss_fn, noisy)
+        return (noisy + step_size * _ascent_direction(gradient, "linf")).clamp_(0, 1)
+
+
+def is_one_step(attack: Attack) -> bool:
+    """Whether an attack takes a single gradient step, so that training by it may overfit catastrophically."""
+    return getattr(attack, "steps", 1) == 1
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode (running BN statistics, no noise, no dropout); training flags are restored one by one at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @contextmanager
 def attack_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Eval mode (running BN statistics, no noise, no dropout) and frozen parameters while an attack runs.
 
     Training flags and `requires_grad` are restored one by one at the end, also after an exception.
     """
-    modes = [(module, module.training) for module in model.modules()]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
         for parameter in parameters:
             parameter.requires_grad_(False)
-        yield model
+        with eval_mode(model):
+            yield model
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter in parameters:
             parameter.requires_grad_(True)
 
@@ -202,6 +272,13 @@ def random_in_ball(like: Tensor, norm: str, eps: float, generator: torch.Generat
     uniform = torch.empty(len(like), 1, 1, 1, device=like.device, dtype=like.dtype).uniform_(generator=generator)
     radius = eps * uniform ** (1 / like[0].numel())
     return direction * (radius / _norms(direction).clamp_min(torch.finfo(like.dtype).tiny))
+
+
+def _in_proportion(step_size: float | None, eps: float, old_eps: float) -> float | None:
+    """The step size that goes with `eps` as `step_size` went with `old_eps`; None is the attack's own."""
+    if step_size is None or not old_eps:
+        return step_size
+    return step_size * eps / old_eps or None
 
 
 def _ascent_direction(gradient: Tensor, norm: str) -> Tensor:

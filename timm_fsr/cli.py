@@ -12,7 +12,7 @@ from rich.console import Console
 
 from timm_fsr.data import EMBEDDED, load_data
 from timm_fsr.demo import run_demo
-from timm_fsr.engine import train
+from timm_fsr.engine import InterruptedRunError, train
 from timm_fsr.evaluation import evaluate
 from timm_fsr.files import staged
 from timm_fsr.hub import load
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, or 2 after printing what was wrong with the input.
+        0, 2 after printing what was wrong with the input, or 143 after a SIGTERM (128 + 15, as a shell says it).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="timm-fsr", description=__doc__)
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser.parse_args(given[:1]).command
     try:
         _COMMANDS[command](given[1:])
+    except InterruptedRunError as stopped:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: {stopped}", markup=False)
+        return 143
     except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: error: {error}", markup=False)
         return 2

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_fsr.sources import EMBEDDED, Rows, open_rows
+from timm_fsr.rows import Rows, check_range
+from timm_fsr.sources import EMBEDDED, open_rows
 
 __all__ = [
     "EMBEDDED",
@@ -59,7 +60,7 @@ class ImageData:
             )
         if self.images.numel() == 0:
             raise ValueError(f"{self.name} has no images; check the source, the split and the limit")
-        _check_range(self.labels, len(self.classes), self.name)
+        check_range(self.labels, len(self.classes), self.name)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,15 +115,8 @@ class ImageData:
         Raises:
             ValueError: one part would be empty.
         """
-        count = round(held_out * len(self)) if isinstance(held_out, float) else held_out
-        if not 0 < count < len(self):
-            raise ValueError(
-                f"cannot hold out {held_out} of the {len(self)} images of {self.name}; "
-                f"use a count from 1 to {len(self) - 1} or a fraction between 0 and 1"
-            )
-        chosen = _stratified(self.labels.cpu(), count, seed)
-        rest = torch.ones(len(self), dtype=torch.bool).index_fill_(0, chosen, False).nonzero().flatten()
-        drawn = f"{count} of {len(self)}, seed {seed}"
+        rest, chosen = split_indices(self.labels.cpu(), held_out, seed=seed, name=self.name)
+        drawn = f"{len(chosen)} of {len(self)}, seed {seed}"
         return (
             replace(self.take(rest), name=f"{self.name} without held-out ({drawn})"),
             replace(self.take(chosen), name=f"{self.name} held-out ({drawn})"),
@@ -157,9 +151,10 @@ def load_data(
     Args:
         source: `"fashion_mnist"` (inside this package); a Parquet file, a glob of them or a folder with
             `<split>-*.parquet` or `<split>/*.parquet`; a folder of images `[<split>/]<class>/<image>`; a
-            folder of IDX files as MNIST has them; else the id of a data set on the Hub.
-        split: `"train"`, `"test"` or another name that the source has. A Parquet file or glob is one split:
-            either its name begins with `split`, or `split` is left at the default.
+            folder of IDX files as MNIST has them; an `.npz` file with arrays "image", uint8 (N, H, W, 3) or
+            (N, H, W), and "label", whole numbers (N,); else the id of a data set on the Hub.
+        split: `"train"`, `"test"` or another name that the source has. A Parquet file, a glob or an `.npz` file is
+            one split: either its name begins with `split`, or `split` is left at the default.
         config: the configuration, for a Hub data set with several.
         image_column: the column with images; found by its usual names if not given.
         label_column: the column with labels; found by its usual names if not given.
@@ -176,22 +171,12 @@ def load_data(
         FileNotFoundError: the path does not exist.
         ValueError: the source, split, column, label or image cannot be read; the message says what to change.
     """
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); leave it out to keep what images have")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} leaves no images; use 1 or more, or None for all of them")
     box = (size, size) if isinstance(size, int) else size
-    if box is not None and min(box) < 1:
-        raise ValueError(f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it")
+    check_format(box, channels)
     rows = open_rows(os.fspath(source), split, config=config, image_column=image_column, label_column=label_column)
-    labels, names = _encode(rows, tuple(classes) if classes else None)
-    indices = torch.arange(len(labels))
-    name = rows.name
-    if limit is not None and limit < len(labels):
-        indices = _stratified(labels, limit, seed=0)
-        name = f"{name} limited to {limit}"
-    images = rows.decode(indices.tolist(), size=box, channels=channels, progress=progress)
-    return ImageData(images, labels[indices], names, name)
+    chosen = choose(rows, tuple(classes) if classes else None, limit)
+    images = rows.decode(chosen.indices.tolist(), size=box, channels=channels, progress=progress)
+    return ImageData(images, chosen.labels, chosen.classes, chosen.name)
 
 
 @dataclass(frozen=True)
@@ -304,38 +289,61 @@ def epoch_batches(
     return (part.tensor_split(world_size)[rank] for part in parts[start_step:steps])
 
 
-def _encode(rows: Rows, classes: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
-    """Int64 labels and class names, in the order of `classes` if given."""
-    kinds = {type(label) for label in rows.labels}
-    if kinds == {str}:
-        names = tuple(sorted(set(map(str, rows.labels))))
-        position = {label: number for number, label in enumerate(names)}
-        labels = torch.tensor([position[str(label)] for label in rows.labels])
-    elif kinds == {int}:
-        labels = torch.tensor(rows.labels)
-        names = rows.classes or classes or tuple(map(str, range(int(labels.max()) + 1)))
-    else:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
-        raise ValueError(f"{rows.name} has labels of type {found}; point label_column at whole numbers or class names")
-    _check_range(labels, len(names), rows.name)
-    if classes is None or classes == names:
-        return labels, names
-    unknown = [names[number] for number in labels.unique().tolist() if names[number] not in classes]
-    if unknown:
-        raise ValueError(
-            f"{rows.name} has classes that are not among those given; add to classes: {', '.join(unknown)}"
-        )
-    moved = torch.tensor([classes.index(label) if label in classes else -1 for label in names])
-    return moved[labels], classes
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Which rows of a source are used, and how they are labelled.
+
+    Attributes:
+        indices: their positions in the source, an int64 tensor (N,) in ascending order.
+        labels: int64 tensor (N,).
+        classes: the name of each class.
+        name: where they come from, for logs and reports.
+    """
+
+    indices: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
 
 
-def _check_range(labels: Tensor, num_classes: int, name: str) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
+def choose(rows: Rows, classes: tuple[str, ...] | None, limit: int | None) -> Chosen:
+    """At most `limit` of `rows`, each class in its share and always the same ones, labelled by `classes`.
+
+    Raises:
+        ValueError: the limit leaves nothing, or labels and classes do not fit.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no images; use 1 or more, or None for all of them")
+    labels, names = rows.encode(classes)
+    if limit is None or limit >= len(labels):
+        return Chosen(torch.arange(len(labels)), labels, names, rows.name)
+    indices = _stratified(labels, limit, seed=0)
+    return Chosen(indices, labels[indices], names, f"{rows.name} limited to {limit}")
+
+
+def check_format(size: tuple[int, int] | None, channels: int | None) -> None:
+    """Raise ValueError for a (height, width) or a number of channels that no image can have."""
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); leave it out to keep what images have")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it")
+
+
+def split_indices(labels: Tensor, held_out: int | float, *, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """Ascending positions (rest, held out) in `labels`, as `ImageData.split` draws them.
+
+    Raises:
+        ValueError: one part would be empty.
+    """
+    count = round(held_out * len(labels)) if isinstance(held_out, float) else held_out
+    if not 0 < count < len(labels):
         raise ValueError(
-            f"{name} has labels from {low} to {high} but {num_classes} classes, so labels must be in "
-            f"0..{num_classes - 1}; use a split with labels, or give every class a name"
+            f"cannot hold out {held_out} of the {len(labels)} images of {name}; "
+            f"use a count from 1 to {len(labels) - 1} or a fraction between 0 and 1"
         )
+    chosen = _stratified(labels, count, seed)
+    rest = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, chosen, False).nonzero().flatten()
+    return rest, chosen
 
 
 def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -12,8 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from timm_fsr.attacks import PGD
-from timm_fsr.data import ImageData
+from timm_fsr.attacks import Attack
 from timm_fsr.engine import train
 from timm_fsr.files import staged
 from timm_fsr.pictures import attack_picture
@@ -27,6 +26,7 @@ from timm_fsr.recipe import (
     Recipe,
 )
 from timm_fsr.report import Report
+from timm_fsr.streaming import Images
 
 _PICTURED = 6
 
@@ -137,7 +137,7 @@ def _adapted(recipe: Recipe, output: Path, epochs: int | None, limit: int | None
     return dataclasses.replace(recipe, output=str(output), overwrite=True, seed=seed, data=data, optim=optim)
 
 
-def _draw(folder: Path, test: ImageData, attack: PGD, seed: int) -> Image.Image:
+def _draw(folder: Path, test: Images, attack: Attack, seed: int) -> Image.Image:
     """Reload the saved model by timm, as a user would, and picture the first correctly classified test images."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images, labels = next(test.batches(200))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from timm_fsr.attacks import PGD
-from timm_fsr.objectives import attack_cross_entropy
+from timm_fsr.attacks import Attack
+from timm_fsr.objectives import AT
 from timm_fsr.pixels import as_pixel_model
 from timm_fsr.sites import record
 
@@ -22,7 +22,7 @@ _RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (25
 
 
 def attack_picture(
-    model: nn.Module, images: Tensor, labels: Tensor, classes: Sequence[str], attack: PGD, *, seed: int = 0
+    model: nn.Module, images: Tensor, labels: Tensor, classes: Sequence[str], attack: Attack, *, seed: int = 0
 ) -> Image.Image:
     """One row per image: clean, perturbation, attacked, and the mask of the last site on both.
 
@@ -42,7 +42,7 @@ def attack_picture(
     """
     pixel_model = as_pixel_model(model).eval()
     generator = torch.Generator(images.device).manual_seed(seed)
-    adversarial = attack_cross_entropy(pixel_model, attack, images, labels, generator=generator)
+    adversarial = AT().craft(pixel_model, attack, images, labels, generator=generator)
     clean_mask, clean_classes = _mask_and_classes(pixel_model, images)
     attacked_mask, attacked_classes = _mask_and_classes(pixel_model, adversarial)
     noise = (adversarial - images) / (2 * attack.eps) + 0.5
@@ -59,8 +59,9 @@ def attack_picture(
         seen = [(f"seen as {classes[index]}", index == truth) for index in (before, after)]
         captions = [seen[0], ("", True), seen[1]]
         rows.append((tiles, captions))
+    norm = getattr(attack, "norm", "linf")
     footer = (
-        f"{type(attack).__name__}, {attack.norm}, eps {attack.eps:.4g}; perturbation from -eps (black) to +eps (white);"
+        f"{type(attack).__name__}, {norm}, eps {attack.eps:.4g}; perturbation from -eps (black) to +eps (white);"
         f"\nmasks, means over channels, from {low:.2f} (dark) to {high:.2f} (bright); "
         f"difference from {-largest:.2f} (dark) to {largest:+.2f} (bright)"
     )

@@ -98,12 +98,13 @@ class Tape(Mapping[str, SimpleNamespace]):
         """Keep what `site` says; a later forward pass replaces it."""
         self._aux[f"{site.layer.name}.{site.name}"] = (site, aux)
 
-    def losses(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(self, logits: Tensor, labels: Tensor | None = None, *, rows: slice | None = None) -> dict[str, Tensor]:
         """Auxiliary loss terms, each averaged over the sites of its layer: {"fsr.separation": scalar, ...}.
 
         Args:
             logits: (N, classes), the model's output of the recorded pass.
             labels: (N,) true classes; those given to `record` when left out. Empty result without feature layers.
+            rows: the part of the recorded batch that `logits` and `labels` are of, where it is not the whole.
 
         Raises:
             ValueError: no labels, or auxiliary heads of another width than the logits.
@@ -114,7 +115,8 @@ class Tape(Mapping[str, SimpleNamespace]):
             raise ValueError("auxiliary losses need labels; give them to record(model, labels) or to losses()")
         self.check_fired()
         terms: dict[str, list[Tensor]] = {}
-        for site, aux in self._aux.values():
+        for site, recorded in self._aux.values():
+            aux = recorded if rows is None else {name: value[rows] for name, value in recorded.items()}
             losses = site.layer.aux_losses(aux, logits.float(), labels)
             if logits.requires_grad:
                 _check_gradients(site, losses)

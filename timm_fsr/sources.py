@@ -1,4 +1,4 @@
-"""Where images come from: finds, opens and decodes embedded, local and Hub data sets."""
+"""Where images come from: finds and opens embedded, local and Hub data sets."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import difflib
 import glob
 import gzip
 import os
+import pickle
 import re
-import textwrap
+import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
+
+from timm_fsr.rows import ArrayPictures, Rows, TablePictures, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -31,78 +31,6 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 FOLDER_SPLITS = ("train", "validation", "valid", "val", "test")
 IDX_IMAGES = "-images-idx3-ubyte.gz"
 IDX_NAMES = {"test": "t10k"}
-MODES = {1: "L", 3: "RGB"}
-GREY_MODES = ("1", "L", "LA")
-CHUNK = 128  # images decoded at once: photographs of full size then stay within a few hundred MB
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Images of one split, not decoded yet.
-
-    Attributes:
-        name: the source and the split, for errors and reports.
-        labels: one per image, a number or a class name.
-        classes: the names that numbers stand for, if the source has them.
-        pictures: reads the images at the given positions.
-    """
-
-    name: str
-    labels: list[int] | list[str]
-    classes: tuple[str, ...] | None
-    pictures: Callable[[list[int]], Sequence[Image.Image | None]]
-
-    def decode(
-        self, indices: list[int], *, size: tuple[int, int] | None, channels: int | None, progress: bool
-    ) -> Tensor:
-        """The images at `indices` as a uint8 tensor (N, C, H, W).
-
-        Args:
-            indices: positions in this split.
-            size: (height, width) that images are scaled and centre-cropped to; None keeps their common size.
-            channels: 1 for grey, 3 for RGB, or None to keep what the images have.
-            progress: show a progress bar on stderr if that is a terminal.
-
-        Raises:
-            ValueError: an image is broken, or images differ in size or colour and nothing says what to do.
-        """
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        hidden = not (progress and console.is_terminal)
-        mode = MODES[channels] if channels else None
-        images = torch.empty(0, dtype=torch.uint8)
-        for start in track(range(0, len(indices), CHUNK), "decoding", console=console, disable=hidden):
-            pictures = self._read(indices[start : start + CHUNK])
-            mode = mode or _mode_of(pictures)
-            if channels is None and mode != _mode_of(pictures) == "RGB":
-                raise ValueError(f"{self.name} has grey and colour images; use channels=3 or channels=1 for all")
-            arrays = [_pixels(picture, mode, size) for picture in pictures]
-            if start == 0:
-                height, width, depth = arrays[0].shape
-                images = images.new_empty(len(indices), depth, height, width)
-            sizes = {array.shape[:2] for array in arrays} | {tuple(images.shape[2:])}
-            if len(sizes) > 1:
-                found = " and ".join(f"{height}x{width}" for height, width in sorted(sizes)[:2])
-                raise ValueError(f"{self.name} has images of different sizes, {found}; use size=(height, width)")
-            images[start : start + CHUNK] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        return images
-
-    def _read(self, indices: list[int]) -> list[Image.Image]:
-        try:
-            read = self.pictures(indices)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{self.name} has an image that cannot be decoded in rows {indices[0]} to {indices[-1]} "
-                f"({_one_line(error)}); fetch the data again or remove that image"
-            ) from error
-        pictures = [picture for picture in read if picture is not None]
-        if len(pictures) < len(read):
-            raise ValueError(f"{self.name} has rows without an image; remove them first")
-        if any(picture.mode.startswith(("I", "F")) for picture in pictures):
-            raise ValueError(f"{self.name} has images of more than 8 bits per channel; convert them to 8 bits first")
-        return pictures
 
 
 def open_rows(
@@ -112,26 +40,19 @@ def open_rows(
     config: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    mapped: bool = False,
 ) -> Rows:
-    """Opens one split of a source; the arguments and errors are those of `timm_fsr.data.load_data`."""
+    """Opens one split of a source; the arguments and errors are those of `timm_fsr.data.load_data`.
+
+    With `mapped`, a table is mapped from the disk instead of held in memory: see `timm_fsr.streaming.stream_data`.
+    """
     path = Path(source).expanduser()
+    if path.suffix == ".npz":
+        return _npz_rows(path, split)
     if source != EMBEDDED and path.is_dir() and any(path.glob("*" + IDX_IMAGES)):
         return _idx_rows(path, split)
-    table = _open_table(source, path, split, config)
+    table = _open_table(source, path, split, config, mapped)
     return _table_rows(table, f"{source}[{split}]", image_column, label_column)
-
-
-def _mode_of(pictures: Sequence[Image.Image]) -> str:
-    return "L" if all(picture.mode in GREY_MODES for picture in pictures) else "RGB"
-
-
-def _pixels(picture: Image.Image, mode: str, size: tuple[int, int] | None) -> np.ndarray:
-    """Uint8 array (H, W, C), scaled bicubically with antialiasing and centre-cropped if `size` is given."""
-    picture = picture if picture.mode == mode else picture.convert(mode)
-    if size is not None:
-        picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
-    pixels = np.asarray(picture)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _idx_rows(folder: Path, split: str) -> Rows:
@@ -147,21 +68,51 @@ def _idx_rows(folder: Path, split: str) -> Rows:
         numbers = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, len(pixels), offset=8)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{images} or its labels are not complete IDX files ({error}); fetch them again") from error
-    return Rows(
-        f"{folder}[{split}]",
-        numbers.tolist(),
-        None,
-        lambda rows: [Image.fromarray(pixels[row]) for row in rows],
-    )
+    return Rows(f"{folder}[{split}]", numbers.tolist(), None, ArrayPictures(pixels[..., None]))
 
 
-def _open_table(source: str, path: Path, split: str, config: str | None) -> datasets.Dataset:
+def _npz_rows(path: Path, split: str) -> Rows:
+    """Rows of a NumPy archive with the arrays "image" and "label", as generated CIFAR images are published."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path and the working directory")
+    if split not in ("train", _split_of(path)):
+        raise _unknown_split(path, split, sorted({"train", _split_of(path)}))
+    needed = "save it with numpy.savez(path, image=images, label=labels)"
+    try:
+        with path.open("rb") as file:  # numpy leaves a broken file open that it has opened itself
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it is a single array")
+            found = {key: archive[key] for key in ("image", "label") if key in archive.files}
+            names = ", ".join(archive.files)
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is no complete NumPy archive of plain arrays ({one_line(error)}); fetch it again, or {needed}"
+        ) from error
+    if len(found) < 2:
+        raise ValueError(f"{path} has the arrays {names or 'none'} but 'image' and 'label' are needed; {needed}")
+    images, labels = found["image"], found["label"]
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"{path} has an array 'image' of {images.dtype} with shape {found['image'].shape}; it must be uint8 with "
+            "shape (N, H, W, 3), or (N, H, W) for grey, and values from 0 to 255"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{path} has an array 'label' of {labels.dtype} with shape {labels.shape}; it must hold one whole number "
+            f"for each of {len(images)} images"
+        )
+    return Rows(f"{path}[{split}]", labels.tolist(), None, ArrayPictures(images))
+
+
+def _open_table(source: str, path: Path, split: str, config: str | None, mapped: bool) -> datasets.Dataset:
     if source == EMBEDDED:
         return _embedded(split)
     if path.is_dir() and not _parquet_in(path):
         return _image_folder(path, split)
     if path.exists() or glob.has_magic(source):
-        return _read_parquet(_parquet_files(path, split), source)
+        return _read_parquet(_parquet_files(path, split), source, mapped=mapped)
     return _hub(source, split, config)
 
 
@@ -226,17 +177,24 @@ def _split_of(file: Path) -> str:
     return file.parent.name if first.isdecimal() or file.parent.name in FOLDER_SPLITS else first
 
 
-def _read_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
-    """One table in memory; `datasets.load_dataset` would leave a copy in the user's cache."""
+def _read_parquet(files: Sequence[Path], source: str, *, mapped: bool = False) -> datasets.Dataset:
+    """One table in memory, or mapped from an Arrow copy of the files.
+
+    A row in the middle of a Parquet file cannot be read without its whole row group, often thousands of images, so
+    that reading images one by one needs the copy, which `datasets` makes once in its cache.
+    """
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    names = [str(file) for file in files]
     try:
-        return datasets.Dataset(pq.read_table([str(file) for file in files], partitioning=None))
-    except (pa.ArrowException, OSError) as error:
+        if mapped:
+            return datasets.Dataset.from_parquet([glob.escape(name) for name in names])
+        return datasets.Dataset(pq.read_table(names, partitioning=None))
+    except (pa.ArrowException, OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(
-            f"{source} has a broken Parquet file ({_one_line(error)}); fetch it again or remove it"
+            f"{source} has a broken Parquet file ({one_line(error)}); fetch it again or remove it"
         ) from error
 
 
@@ -253,7 +211,7 @@ def _hub(source: str, split: str, config: str | None) -> datasets.Dataset:
             return datasets.load_dataset(source, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{source} is neither a path here nor a data set that the Hub gives ({_one_line(error)}); "
+            f"{source} is neither a path here nor a data set that the Hub gives ({one_line(error)}); "
             f"check the name, the config and the network, or use the embedded {EMBEDDED!r}"
         ) from error
     raise _unknown_split(source, split, splits)
@@ -275,7 +233,7 @@ def _table_rows(table: datasets.Dataset, where: str, image: str | None, label: s
             ) from error
     encoded = table.select_columns(image)
     names = getattr(table.features[label], "names", None)
-    return Rows(where, table[label][:], tuple(names) if names else None, lambda rows: encoded[rows][image])
+    return Rows(where, table[label][:], tuple(names) if names else None, TablePictures(encoded, image))
 
 
 def _column(columns: Sequence[str], given: str | None, usual: Sequence[str], role: str, where: str) -> str:
@@ -292,7 +250,3 @@ def _column(columns: Sequence[str], given: str | None, usual: Sequence[str], rol
 
 def _unknown_split(source: str | os.PathLike[str], split: str, splits: Sequence[str]) -> ValueError:
     return ValueError(f"{source} has no split {split!r}; use one of: {', '.join(splits)}")
-
-
-def _one_line(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")

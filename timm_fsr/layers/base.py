@@ -34,7 +34,8 @@ class FeatureLayer(nn.Module):
         """Map `feature` (N, C, H, W) to a tensor of the same shape and dtype; works with `labels=None`.
 
         Returns:
-            The new feature map, and named auxiliary tensors ({} when `wants_aux` is False).
+            The new feature map, and named auxiliary tensors, each with one entry per image along its first
+            dimension ({} when `wants_aux` is False).
         """
         raise NotImplementedError
 

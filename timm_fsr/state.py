@@ -1,0 +1,198 @@
+"""What a training run consists of, and how it goes into a checkpoint and comes back to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from timm_fsr.attacks import Attack
+from timm_fsr.checkpoints import Checkpoints
+from timm_fsr.data import ImageData
+from timm_fsr.objectives import Objective
+from timm_fsr.recipe import Recipe
+from timm_fsr.selection import Selection
+from timm_fsr.streaming import Images
+from timm_fsr.version import __version__
+
+# What a resumed run may do otherwise than the run it goes on with: none of it touches the arithmetic of training.
+_FREE = ("output", "overwrite", "resume", "trackers", "checkpoint", "data.source", "data.workers", "evaluation.attacks")
+
+
+@dataclass
+class Progress:
+    """How far a run is; plain values, the same on every process.
+
+    Attributes:
+        step: optimisation steps done, skipped ones included.
+        epoch: epochs done, validation included.
+        counted: steps of the current epoch that metrics were taken of.
+        skipped: steps of the current epoch that were skipped because of a NaN or an infinity.
+        skipped_in_a_row: of these, those since the last good step.
+        seconds: spent on the current epoch.
+        lines: of `metrics.jsonl`.
+        selection: the best epoch so far.
+        stopped: why the run ended before its last epoch, if it did.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    counted: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    lines: int = 0
+    selection: Selection = field(default_factory=Selection)
+    stopped: str = ""
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything one training run works with.
+
+    Attributes:
+        recipe: what was asked.
+        accelerator: device, precision and processes.
+        timm_model: the model that is trained, in timm's convention.
+        prepared: the same in pixel space, as Accelerate wrapped it.
+        optimizer: as Accelerate wrapped it.
+        schedule: of the learning rate.
+        ema: the averaged copy of `timm_model`, if asked for.
+        objective: the training method.
+        attack: at full eps.
+        data: training images.
+        extra: images mixed into each batch, if asked for.
+        held_out: images that choose the best checkpoint.
+        console: prints on the main process alone.
+        steps_per_epoch: optimisation steps of an epoch.
+        progress: how far the run is.
+        sums: of each metric over the steps of the current epoch, on this process.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    timm_model: nn.Module
+    prepared: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    ema: ModelEmaV3 | None
+    objective: Objective
+    attack: Attack
+    data: Images
+    extra: ImageData | None
+    held_out: Images
+    console: Console
+    steps_per_epoch: int
+    progress: Progress = field(default_factory=Progress)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is validated and saved: the averaged one if there is one."""
+        return self.timm_model if self.ema is None else self.ema.module
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Where this run's checkpoints are."""
+        return checkpoints_of(self.recipe)
+
+
+def checkpoints_of(recipe: Recipe) -> Checkpoints:
+    """Where the checkpoints of a run by `recipe` are."""
+    return Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write a checkpoint that `restore` continues from to the bit. Every process has to call it."""
+    sums = _gathered_sums(run)
+    if not run.accelerator.is_main_process:
+        return
+    tensors = {
+        "model": run.timm_model.state_dict(),
+        "ema": None if run.ema is None else run.ema.module.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
+        "sums": sums,
+    }
+    values = {"progress": dataclasses.asdict(run.progress), "identity": _identity(run)}
+    run.checkpoints.save(run.progress.step, tensors, values)
+
+
+def restore(run: Run, tensors: dict[str, Any], values: dict[str, Any]) -> None:
+    """Put a run that was just prepared where the checkpoint was taken.
+
+    Raises:
+        ValueError: the checkpoint is of another recipe, other data, or another number of processes.
+    """
+    _check_identity(run, values["identity"])
+    run.timm_model.load_state_dict(tensors["model"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(tensors["ema"])
+    run.optimizer.load_state_dict(tensors["optimizer"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(tensors["scaler"])
+    progress = dict(values["progress"])
+    run.progress = Progress(**{**progress, "selection": Selection(**progress["selection"])})
+    mine = run.accelerator.process_index
+    run.sums = {name: rows[mine].to(run.accelerator.device) for name, rows in tensors["sums"].items()}
+
+
+def _gathered_sums(run: Run) -> dict[str, Tensor]:
+    """For each metric one entry per process (W,): their sum would round differently on the way."""
+    return {name: run.accelerator.gather(value.reshape(1)).cpu() for name, value in run.sums.items()}
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    return {
+        "recipe": fixed_keys(run.recipe),
+        "processes": run.accelerator.num_processes,
+        "data": [run.data.fingerprint, *([] if run.extra is None else [run.extra.fingerprint])],
+        "versions": {"timm_fsr": __version__, "timm": timm.__version__, "torch": torch.__version__},
+    }
+
+
+def _check_identity(run: Run, saved: dict[str, Any]) -> None:
+    mine = _identity(run)
+    keys = sorted(saved["recipe"].keys() | mine["recipe"].keys())
+    changed = [key for key in keys if saved["recipe"].get(key) != mine["recipe"].get(key)]
+    if changed:
+        changes = ", ".join(f"{k} ({saved['recipe'].get(k)} -> {mine['recipe'].get(k)})" for k in changed)
+        raise ValueError(
+            f"{run.recipe.output} holds a run by another recipe: {changes}; resume it with its own recipe.yaml, or "
+            "train this one into another --output"
+        )
+    for key, what in (("processes", "processes"), ("data", "training images (by fingerprint)")):
+        if saved[key] != mine[key]:
+            raise ValueError(
+                f"the run in {run.recipe.output} had other {what}: {saved[key]}, now {mine[key]}; it can only go on "
+                "with the same"
+            )
+    if saved["versions"] != mine["versions"]:
+        run.console.print(
+            f"warning: the run was begun with {saved['versions']} and goes on with {mine['versions']}: its results may "
+            "differ from those of an uninterrupted run"
+        )
+
+
+def fixed_keys(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's keys that decide the training, flat: {"optim.lr": 0.1, ...}."""
+    flat = flatten(yaml.safe_load(recipe.to_yaml()))
+    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, its keys joined by dots; an empty one stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat

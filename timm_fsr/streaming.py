@@ -1,0 +1,293 @@
+"""Image classification data that is decoded when it is needed, for data sets that do not fit in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from timm_fsr.data import ImageData, check_format, choose, derive_generator, split_indices
+from timm_fsr.rows import MODES, Rows, check_range, fit, mode_of, pixels_of
+from timm_fsr.sources import open_rows
+
+_TRIES = 10  # as torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class ResizedCrop:
+    """A random part of the image, scaled to the training size, mirrored at random: drawn as each image is decoded.
+
+    Attributes:
+        scale: smallest and largest share of the image's area, 0 < smallest <= largest <= 1.
+        flip: whether half of the images are mirrored.
+
+    Raises:
+        ValueError: `scale` is no such pair.
+    """
+
+    scale: tuple[float, ...] = (0.25, 1.0)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale={list(self.scale)} is no range of the image's area; write the smallest and the largest "
+                "share, such as [0.25, 1.0]"
+            )
+
+    def __call__(self, picture: Image.Image, size: tuple[int, int], generator: torch.Generator) -> Image.Image:
+        """The picture in (height, width) `size`, scaled bicubically with antialiasing; drawn from `generator`."""
+        part = picture.crop(self.box(picture.height, picture.width, generator))
+        part = part.resize(size[::-1], Image.Resampling.BICUBIC)
+        mirrored = self.flip and bool(torch.rand((), generator=generator) < 0.5)
+        return ImageOps.mirror(part) if mirrored else part
+
+    def box(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+        """(left, upper, right, lower) of a part with an aspect from 3/4 to 4/3, drawn as in torchvision."""
+        log_ratio = math.log(4 / 3)
+        for _ in range(_TRIES):
+            area, aspect, x, y = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+            area = height * width * (self.scale[0] + area * (self.scale[1] - self.scale[0]))
+            ratio = math.exp((2 * aspect - 1) * log_ratio)
+            wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < high <= height:
+                left, upper = int(x * (width - wide + 1)), int(y * (height - high + 1))
+                return left, upper, left + wide, upper + high
+        # A very long image: its centre, of the nearest aspect allowed.
+        wide, high = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+        left, upper = (width - wide) // 2, (height - high) // 2
+        return left, upper, left + wide, upper + high
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedData:
+    """Images with one label each, read and decoded when they are asked for; otherwise as `ImageData`.
+
+    Attributes:
+        rows: the source of the images; its labels are not used.
+        indices: int64 tensor (N,), the rows of the source that belong to this data, on the CPU.
+        labels: int64 tensor (N,), 0 <= label < len(classes), on `device`.
+        classes: the name of each class.
+        name: where the images came from, for logs and reports.
+        size: (height, width) that images are scaled to.
+        mode: "L" for grey or "RGB".
+        channels: 1 or 3 if that was asked for; None refuses a coloured image among grey ones.
+        workers: processes that decode, at most one per processor core; 0 decodes in this process. The images do not
+            depend on it. They start anew for each pass, which takes seconds on systems that do not fork.
+        device: where batches go.
+
+    Raises:
+        ValueError: there are no images, or labels do not fit them or the classes.
+    """
+
+    rows: Rows
+    indices: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    size: tuple[int, int]
+    mode: str = "RGB"
+    channels: int | None = None
+    workers: int = 4
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.labels.shape != self.indices.shape or not len(self.labels):
+            raise ValueError(
+                f"{self.name} has {len(self.labels)} labels for {len(self.indices)} images; give one label to each "
+                "image, and at least one image"
+            )
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must be 0 or more; 0 decodes without further processes")
+        check_range(self.labels, len(self.classes), self.name)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, whether or not each has an image here."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return (1 if self.mode == "L" else 3, *self.size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of a SHA-256 over count, image size, class names, rows and labels.
+
+        Pixels are not in it, as that would mean decoding every image: other images in the same order with the same
+        labels have the same fingerprint.
+        """
+        digest = hashlib.sha256(repr((len(self), self.image_size, self.classes)).encode())
+        for tensor in (self.indices, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def to(self, device: torch.device | str) -> StreamedData:
+        """The same data, whose batches go to another device."""
+        return replace(self, labels=self.labels.to(device), device=torch.device(device))
+
+    def take(self, indices: Tensor) -> StreamedData:
+        """The images at `indices`, an int64 tensor (M,), in that order."""
+        return replace(self, indices=self.indices[indices.cpu()], labels=self.labels[indices.to(self.labels.device)])
+
+    def head(self, count: int) -> StreamedData:
+        """The first `count` images, or all if there are fewer."""
+        return replace(self, indices=self.indices[:count], labels=self.labels[:count])
+
+    def subset(self, count: int, *, seed: int = 0) -> StreamedData:
+        """As `ImageData.subset`, with the same images."""
+        return self if count == len(self) else self.split(count, seed=seed)[1]
+
+    def split(self, held_out: int | float, *, seed: int = 0) -> tuple[StreamedData, StreamedData]:
+        """As `ImageData.split`, with the same images in both parts."""
+        rest, chosen = split_indices(self.labels.cpu(), held_out, seed=seed, name=self.name)
+        drawn = f"{len(chosen)} of {len(self)}, seed {seed}"
+        return (
+            replace(self.take(rest), name=f"{self.name} without held-out ({drawn})"),
+            replace(self.take(chosen), name=f"{self.name} held-out ({drawn})"),
+        )
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Float images (M, C, H, W) in [0, 1] and int64 labels (M,) at `indices`, decoded in this process."""
+        return next(replace(self, workers=0).load([indices]))
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in [0, 1] and labels in natural order; the last batch may be smaller."""
+        return self.load(torch.arange(len(self)).split(batch_size))
+
+    def load(
+        self, batches: Iterable[Tensor], *, crop: ResizedCrop | None = None, seed: int = 0, epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decodes batch after batch, ahead of their use if there are workers.
+
+        Args:
+            batches: the images of each batch, int64 tensors (B,).
+            crop: the random part of each image, drawn from (seed, epoch, its row in the source) and nothing else;
+                None takes the centre.
+            seed: see `crop`.
+            epoch: see `crop`.
+
+        Yields:
+            Float images (B, C, H, W) in [0, 1] and int64 labels (B,), on `device`.
+
+        Raises:
+            ValueError: an image is broken, or coloured among grey ones.
+        """
+        chosen = list(batches)
+        loader = DataLoader(
+            _Samples(self.rows, self.size, self.mode, self.channels, crop, seed, epoch),
+            batch_sampler=(self.indices[places.cpu()].tolist() for places in chosen),
+            num_workers=min(self.workers, _cores(), len(chosen)),
+            collate_fn=_unchanged,
+            pin_memory=torch.device(self.device).type == "cuda",
+            generator=torch.Generator(),  # without one of its own it would draw from the global generator
+        )
+        for places, images in zip(chosen, loader, strict=True):
+            if isinstance(images, str):
+                raise ValueError(images)
+            pixels = images.to(self.device, non_blocking=True)
+            yield pixels.float().div_(255), self.labels[places.to(self.labels.device)]
+
+
+Images = ImageData | StreamedData
+
+
+def stream_data(
+    source: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    size: int | tuple[int, int],
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: Sequence[str] | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    workers: int = 4,
+) -> StreamedData:
+    """Opens one split of a data set without decoding it; the arguments are those of `timm_fsr.data.load_data`.
+
+    Image folders are read where they lie. Hub data sets are mapped from the copy that `datasets` has downloaded.
+    Parquet files are mapped from an Arrow copy of the same size that `datasets` makes once in its cache (the
+    environment variable HF_DATASETS_CACHE moves it), as single rows of Parquet cannot be read quickly. IDX, `.npz` and
+    the embedded data are in memory in any case.
+
+    Args:
+        source: see `load_data`, as are `split` and what is not described here.
+        split: see `source`.
+        size: (height, width), or both in one number, that images are scaled (bicubic) and centre-cropped to.
+        config: see `source`.
+        image_column: see `source`.
+        label_column: see `source`.
+        classes: see `source`.
+        channels: 1 for grey or 3 for RGB; whichever the first image has if not given.
+        limit: see `source`.
+        workers: processes that decode, at most one per processor core; 0 decodes in this process.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: the source, split, column, label or first image cannot be read; the message says what to change.
+    """
+    box = (size, size) if isinstance(size, int) else size
+    check_format(box, channels)
+    rows = open_rows(
+        os.fspath(source), split, config=config, image_column=image_column, label_column=label_column, mapped=True
+    )
+    chosen = choose(rows, tuple(classes) if classes else None, limit)
+    mode = MODES[channels] if channels else mode_of(rows.read(chosen.indices[:1].tolist()))
+    rows = replace(rows, labels=[])  # a list of a million would go to each worker
+    return StreamedData(rows, chosen.indices, chosen.labels, chosen.classes, chosen.name, box, mode, channels, workers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples(Dataset[Tensor]):
+    """What a worker needs to decode a batch of rows; picklable, for systems whose workers do not fork."""
+
+    rows: Rows
+    size: tuple[int, int]
+    mode: str
+    channels: int | None
+    crop: ResizedCrop | None
+    seed: int
+    epoch: int
+
+    def __getitems__(self, indices: list[int]) -> Tensor | str:
+        """Uint8 images (B, C, H, W), or what is wrong with one: the loader would bury an exception in a traceback."""
+        try:
+            arrays = [self._decode(index) for index in indices]
+        except ValueError as error:
+            return str(error)
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+    def _decode(self, index: int) -> np.ndarray:
+        pictures = self.rows.read([index])
+        self.rows.check_mode(pictures, self.mode, self.channels)
+        if self.crop is None:
+            return fit(pictures[0], self.mode, self.size)
+        generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")
+        picture = pictures[0] if pictures[0].mode == self.mode else pictures[0].convert(self.mode)
+        return pixels_of(self.crop(picture, self.size, generator))
+
+
+def _unchanged(batch: Any) -> Any:
+    """A batch as `_Samples` made it."""
+    return batch
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
