@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from rich.console import Console
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
@@ -28,7 +30,7 @@ from timm_fsr.plots import plot_training
 from timm_fsr.progress import bar
 from timm_fsr.recipe import Recipe
 from timm_fsr.sites import reattach
-from timm_fsr.state import Run, checkpoints_of, restore, save_checkpoint
+from timm_fsr.state import Run, checkpoints_of, refresh_whole, restore, save_checkpoint
 from timm_fsr.steps import InterruptedRunError, stop_requests, take_step
 from timm_fsr.streaming import Images
 from timm_fsr.tracking import begin_tracking, check_trackers, describe, log_epoch, read_metrics
@@ -66,7 +68,9 @@ def train(recipe: Recipe) -> nn.Module:
     check_trackers(recipe.trackers)
     _check_output(recipe)
     accelerator = build_accelerator(recipe)
-    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
+    console = Console(
+        quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True
+    )
     snapshot = _find_snapshot(recipe, console)
     run = _prepare(recipe, accelerator, console)
     if snapshot is not None:
@@ -128,6 +132,7 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
     optimizer = recipe.optim.build(timm_model)
     options = recipe.optim
     ema = ModelEmaV3(timm_model, options.ema_decay, use_warmup=options.ema_warmup) if options.ema_decay else None
+    whole = copy.deepcopy(timm_model) if accelerator.distributed_type == DistributedType.FSDP else None
     if recipe.compile is not None:
         timm_model.compile(backend=recipe.compile)
     prepared, optimizer = accelerator.prepare(PixelModel(timm_model).to(device), optimizer)
@@ -139,6 +144,7 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
         optimizer=optimizer,
         schedule=recipe.optim.build_schedule(optimizer, steps_per_epoch),
         ema=ema,
+        whole=whole,
         objective=recipe.objective.build(),
         attack=recipe.attack.build(),
         data=data.to(device),
@@ -242,6 +248,7 @@ def _end_epoch(run: Run) -> None:
     progress.epoch += 1
     last = progress.epoch == recipe.optim.epochs
     best = False
+    refresh_whole(run)
     if last or progress.epoch % recipe.evaluation.validate_every == 0:
         metrics |= validate(run)
         best = judge(run, metrics)

@@ -7,7 +7,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 
 from timm_fsr.recipe import Recipe
 
@@ -35,6 +35,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         project_dir=recipe.output,
     )
     _check_processes(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_sharding(recipe, accelerator.state.fsdp_plugin)
     if recipe.batch_norm == "sync" and accelerator.device.type == "cpu":
         raise ValueError("batch_norm='sync' needs GPUs, torch cannot do it on a CPU; use 'average' or 'first'")
     return accelerator
@@ -52,6 +54,11 @@ def _check_precision(mixed_precision: str, on_cpu: bool) -> None:
 
 
 def _check_launcher() -> None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise ValueError(
+            "`accelerate launch` asks for DeepSpeed, which steps within its backward pass, so that no bad step could "
+            "be skipped; FSDP2 shards as its ZeRO does: use recipes/accelerate/fsdp2.yaml"
+        )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
         raise ValueError(
@@ -67,10 +74,28 @@ def _check_processes(accelerator: Accelerator) -> None:
             f"{launched} processes were launched but Accelerate joined {accelerator.num_processes}, so each would "
             "train alone; start with `accelerate launch --multi_gpu --num_processes N` (on CPUs too)"
         )
-    for name, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
-        asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1")
-        if asked and accelerator.distributed_type != kind:
-            raise ValueError(
-                f"`accelerate launch` asks for {name}, but what runs here is {accelerator.distributed_type.value}; "
-                "use GPUs, or a configuration without it"
-            )
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if asked and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"`accelerate launch` asks for FSDP, but what runs here is {accelerator.distributed_type.value}; use "
+            "several GPUs, or a configuration without it"
+        )
+
+
+def _check_sharding(recipe: Recipe, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Refuse what does not work with sharded parameters."""
+    if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "of FSDP, version 2 without efficient loading is supported; launch with fsdp_version: 2 and "
+            "fsdp_cpu_ram_efficient_loading: false, as in recipes/accelerate/fsdp2.yaml"
+        )
+    unsupported = {
+        "optim.ema_decay": recipe.optim.ema_decay,
+        "optim.awp_gamma": recipe.optim.awp_gamma,
+        "optim.layer_decay": recipe.optim.layer_decay,
+        "compile": recipe.compile,
+        "channels_last": recipe.channels_last,
+    }
+    for key, value in unsupported.items():
+        if value:
+            raise ValueError(f"{key}={value} does not work with FSDP; leave it out or launch without FSDP")

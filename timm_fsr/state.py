@@ -10,10 +10,18 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from rich.console import Console
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from timm_fsr.attacks import Attack
 from timm_fsr.checkpoints import Checkpoints
@@ -67,6 +75,7 @@ class Run:
         optimizer: as Accelerate wrapped it.
         schedule: of the learning rate.
         ema: the averaged copy of `timm_model`, if asked for.
+        whole: a copy of `timm_model` that is not sharded, under FSDP; `refresh_whole` brings it up to date.
         objective: the training method.
         attack: at full eps.
         data: training images.
@@ -82,9 +91,10 @@ class Run:
     accelerator: Accelerator
     timm_model: nn.Module
     prepared: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     schedule: Scheduler
     ema: ModelEmaV3 | None
+    whole: nn.Module | None
     objective: Objective
     attack: Attack
     data: Images
@@ -97,7 +107,9 @@ class Run:
 
     @property
     def judged(self) -> nn.Module:
-        """The model that is validated and saved: the averaged one if there is one."""
+        """The model that is validated and saved: the averaged one if there is one, never a sharded one."""
+        if self.whole is not None:
+            return self.whole
         return self.timm_model if self.ema is None else self.ema.module
 
     @property
@@ -113,16 +125,14 @@ def checkpoints_of(recipe: Recipe) -> Checkpoints:
 
 def save_checkpoint(run: Run) -> None:
     """Write a checkpoint that `restore` continues from to the bit. Every process has to call it."""
-    sums = _gathered_sums(run)
+    tensors = {
+        **_training_state(run),
+        "ema": None if run.ema is None else run.ema.module.state_dict(),
+        "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
+        "sums": _gathered_sums(run),
+    }
     if not run.accelerator.is_main_process:
         return
-    tensors = {
-        "model": run.timm_model.state_dict(),
-        "ema": None if run.ema is None else run.ema.module.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
-        "sums": sums,
-    }
     values = {"progress": dataclasses.asdict(run.progress), "identity": _identity(run)}
     run.checkpoints.save(run.progress.step, tensors, values)
 
@@ -134,16 +144,43 @@ def restore(run: Run, tensors: dict[str, Any], values: dict[str, Any]) -> None:
         ValueError: the checkpoint is of another recipe, other data, or another number of processes.
     """
     _check_identity(run, values["identity"])
-    run.timm_model.load_state_dict(tensors["model"])
+    _load_training_state(run, tensors)
     if run.ema is not None:
         run.ema.module.load_state_dict(tensors["ema"])
-    run.optimizer.load_state_dict(tensors["optimizer"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(tensors["scaler"])
     progress = dict(values["progress"])
     run.progress = Progress(**{**progress, "selection": Selection(**progress["selection"])})
     mine = run.accelerator.process_index
     run.sums = {name: rows[mine].to(run.accelerator.device) for name, rows in tensors["sums"].items()}
+
+
+def refresh_whole(run: Run) -> None:
+    """Under FSDP, gather the weights into the copy that is not sharded. Every process has to call it."""
+    if run.whole is not None:
+        run.whole.load_state_dict(get_model_state_dict(run.timm_model, options=StateDictOptions(full_state_dict=True)))
+
+
+def _training_state(run: Run) -> dict[str, Any]:
+    """State of model and optimizer; under FSDP gathered on the main process, where it counts."""
+    if run.whole is None:
+        return {"model": run.timm_model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    bare = run.optimizer.optimizer  # of Accelerate's wrapper
+    return {
+        "model": get_model_state_dict(run.timm_model, options=options),
+        "optimizer": get_optimizer_state_dict(run.timm_model, bare, options=options),
+    }
+
+
+def _load_training_state(run: Run, tensors: dict[str, Any]) -> None:
+    if run.whole is None:
+        run.timm_model.load_state_dict(tensors["model"])
+        run.optimizer.load_state_dict(tensors["optimizer"])
+        return
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(run.timm_model, tensors["model"], options=options)
+    set_optimizer_state_dict(run.timm_model, run.optimizer.optimizer, tensors["optimizer"], options=options)
 
 
 def _gathered_sums(run: Run) -> dict[str, Tensor]:

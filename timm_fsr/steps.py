@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from timm_fsr.attacks import Attack
 from timm_fsr.awp import kept_buffers, perturbed_weights
@@ -132,7 +133,7 @@ def _is_broken(run: Run, metrics: dict[str, Tensor]) -> Tensor:
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if run.accelerator.scaler is None:
-        values.append(norm)
+        values.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     return (~torch.stack([value.float() for value in values]).isfinite()).any().float()
 
 
