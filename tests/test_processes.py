@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from test_resume import same_values, without_seconds
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import timm_fsr.engine
-from timm_fsr.engine import train
+from timm_fsr.engine import InterruptedRunError, train
 from timm_fsr.recipe import Recipe
 from timm_fsr.report import Report
 
@@ -94,14 +95,16 @@ FLAGS = [
 ]
 
 
-def rank_main(arguments: list[str], die_at: int | None, state_of: str | None) -> None:
-    """What each process does: train, be killed before a step, or leave its model."""
+def rank_main(arguments: list[str], die_at: int | None, state_of: str | None, stop_at: int | None) -> None:
+    """What each process does: train, be killed or (the second one) told to stop before a step, leave its model."""
     AcceleratorState._reset_state(reset_partial_state=True)  # this process is a copy of one that may have trained
     take_step, save = timm_fsr.engine.take_step, timm_fsr.engine.save_checkpoint
 
     def watched(run: Any, *args: Any, **kwargs: Any) -> None:
         if run.progress.step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if run.progress.step == stop_at and run.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         take_step(run, *args, **kwargs)
 
     def kept(run: Any) -> None:
@@ -110,12 +113,25 @@ def rank_main(arguments: list[str], die_at: int | None, state_of: str | None) ->
         save(run)
 
     timm_fsr.engine.take_step, timm_fsr.engine.save_checkpoint = watched, kept
-    train(Recipe.load(overrides=arguments))
+    with contextlib.suppress(InterruptedRunError) if stop_at else contextlib.nullcontext():
+        train(Recipe.load(overrides=arguments))
 
 
-def on_two(output: Path, *flags: str, die_at: int | None = None, state_of: Path | None = None) -> None:
+def on_two(
+    output: Path, *flags: str, die_at: int | None = None, state_of: Path | None = None, stop_at: int | None = None
+) -> None:
     arguments = [*TINY, *FLAGS, f"--output={output}", *flags]
-    debug_launcher(rank_main, args=(arguments, die_at, state_of and str(state_of)), num_processes=2)
+    debug_launcher(rank_main, args=(arguments, die_at, state_of and str(state_of), stop_at), num_processes=2)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    last = "checkpoints/step-000000006/tensors.pt"
+    states = [torch.load(folder / last, weights_only=True) for folder in (one, other)]
+    assert same_values(*states)
+    assert states[0]["sums"] == {}, "an epoch's end leaves no sums"
+    for kind in ("best", "last"):
+        assert equal(weights(one / kind), weights(other / kind))
+    assert without_seconds(metrics(one)) == without_seconds(metrics(other))
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +147,17 @@ def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(whole, tmp_path):
         on_two(tmp_path, die_at=5)
     assert not (tmp_path / "checkpoints" / "step-000000006").exists()
     on_two(tmp_path, "--resume=true")
-    last = "checkpoints/step-000000006"
-    states = [torch.load(folder / last / "tensors.pt", weights_only=True) for folder in (whole, tmp_path)]
-    assert same_values(*states)
-    for kind in ("best", "last"):
-        assert equal(weights(whole / kind), weights(tmp_path / kind))
-    assert without_seconds(metrics(whole)) == without_seconds(metrics(tmp_path))
-    assert states[0]["sums"] == {}, "an epoch's end leaves no sums"
+    assert_same_end(whole, tmp_path)
     middle = torch.load(tmp_path / "checkpoints/step-000000004/tensors.pt", weights_only=True)["sums"]
     assert all(rows.shape == (2,) for rows in middle.values()), "one entry per process"
+
+
+def test_a_sigterm_to_one_process_stops_both_at_the_same_step(whole, tmp_path):
+    on_two(tmp_path, stop_at=4)
+    assert (tmp_path / "checkpoints" / "step-000000005").is_dir()
+    assert not (tmp_path / "checkpoints" / "step-000000006").exists()
+    on_two(tmp_path, "--resume=true")
+    assert_same_end(whole, tmp_path)
 
 
 def test_it_is_not_resumed_by_another_number_of_processes(whole):
