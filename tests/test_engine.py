@@ -346,3 +346,13 @@ def test_progress_is_printed_without_a_terminal_as_one_line_per_epoch(tmp_path, 
     assert "worst case" in lines[3]
     assert lines[4] == f"results in {tmp_path}"
     assert len(lines) == 5
+
+
+def test_files_of_another_origin_are_not_cleared_away(tmp_path):
+    """A folder that only happens to be called best/ is somebody else's."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "mine.txt").write_text("precious")
+    for flag in ("--seed=0", "--resume=true"):
+        with pytest.raises(FileExistsError, match=r"holds best, which no run here has made and this one would replace"):
+            train(tiny(tmp_path, flag))
+    assert contents(tmp_path) == {"best/mine.txt": b"precious"}

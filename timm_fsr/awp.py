@@ -19,8 +19,9 @@ def perturbed_weights(
 ) -> Iterator[None]:
     """Move the weights by AWP (Wu et al., 2020, arXiv 2004.05884, equations 8 to 11) while the block runs.
 
-    Each weight tensor w of two or more dimensions becomes w + gamma * |w| * g / |g|, where g is the gradient of the
-    loss. Forward and backward pass belong into the block; the optimizer's step comes after it, where the weights are
+    Each weight w becomes w + gamma * |w| * g / |g|, where g is the gradient of the loss: as in the original code each
+    parameter of two or more dimensions that is called a weight. One whose gradient is not finite, as happens in fp16,
+    stays. Forward and backward pass belong into the block; the optimizer's step comes after it, where the weights are
     again what they were, to the bit. BatchNorm's running statistics do not notice the pass of `loss_fn`.
 
     Args:
@@ -29,7 +30,8 @@ def perturbed_weights(
         gamma: relative size of the move; 0.01 for AT and 0.005 for TRADES in the paper.
         average: averages the gradients over processes, so that all move alike.
     """
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    weights = [parameter for name, parameter in named if parameter.ndim > 1 and "weight" in name]
     with kept_buffers(model):
         found = torch.autograd.grad(loss_fn(), weights, allow_unused=True)
     used = [(weight, gradient) for weight, gradient in zip(weights, found, strict=True) if gradient is not None]
@@ -38,7 +40,9 @@ def perturbed_weights(
     try:
         with torch.no_grad():
             for (weight, _), gradient in zip(used, gradients, strict=True):
-                weight.add_(gradient * (gamma * weight.norm() / gradient.norm().clamp_min(1e-20)))
+                norm = gradient.norm()
+                move = gradient * (gamma * weight.norm() / norm.clamp_min(1e-20))
+                weight.add_(move.where(norm.isfinite(), 0.0))
         yield
     finally:
         with torch.no_grad():

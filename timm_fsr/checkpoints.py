@@ -42,16 +42,18 @@ class Checkpoints:
             OSError: it could not be written; the older ones are untouched.
         """
         target = self.folder / f"{_PREFIX}{step:09d}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.folder))
+        scratch = old = None
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.folder))
             torch.save(tensors, scratch / _TENSORS)
             (scratch / _VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
             sums = {name: _sha256(scratch / name) for name in (_TENSORS, _VALUES)}
             (scratch / _SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
             for path in (*scratch.iterdir(), scratch):
                 _to_disk(path)
-            shutil.rmtree(target, ignore_errors=True)  # a broken one, or the same step of the same run
+            if target.exists():  # a broken one, or the same step before the epoch's end; a folder is not replaced
+                old = target.replace(scratch.with_suffix(".old"))
             scratch.replace(target)
             _to_disk(self.folder)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
@@ -61,7 +63,8 @@ class Checkpoints:
                 "the permissions, then resume the run",
             ) from error
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            for path in filter(None, (scratch, old)):
+                shutil.rmtree(path, ignore_errors=True)
         self._rotate()
         return target
 

@@ -39,7 +39,7 @@ from timm_fsr.validation import judge, validate
 __all__ = ["InterruptedRunError", "train"]
 
 _SHOW_EVERY = 20  # steps between looks at the metrics: looking waits for the device
-_RESULTS = ("best", "last", "checkpoints", "metrics.jsonl", "report.json", "training.png")
+_RESULTS = ("metrics.jsonl", "best", "last", "checkpoints", "trackers", "report.json", "training.png")
 _COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
 
 Snapshot = tuple[dict[str, Any], dict[str, Any]]
@@ -68,9 +68,7 @@ def train(recipe: Recipe) -> nn.Module:
     check_trackers(recipe.trackers)
     _check_output(recipe)
     accelerator = build_accelerator(recipe)
-    console = Console(
-        quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True
-    )
+    console = Console(quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     snapshot = _find_snapshot(recipe, console)
     run = _prepare(recipe, accelerator, console)
     if snapshot is not None:
@@ -95,11 +93,18 @@ def _check_output(recipe: Recipe) -> None:
     output = recipe.folder
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file, but results need a folder; choose another with --output")
-    if (output / "metrics.jsonl").exists() and not (recipe.overwrite or recipe.resume):
+    present = [name for name in _RESULTS if (output / name).exists()]
+    if not present or recipe.overwrite or (recipe.resume and "metrics.jsonl" in present):
+        return
+    if "metrics.jsonl" in present:
         raise FileExistsError(
             f"{output} holds a training run; go on with it by --resume=true, replace it by --overwrite=true, or choose "
             "another folder with --output"
         )
+    raise FileExistsError(
+        f"{output} holds {', '.join(present)}, which no run here has made and this one would replace; choose another "
+        "folder with --output, or replace them by --overwrite=true"
+    )
 
 
 def _find_snapshot(recipe: Recipe, console: Console) -> Snapshot | None:
@@ -235,7 +240,8 @@ def _train_epoch(run: Run, stop_asked: Any) -> None:
             progress.seconds = since + time.perf_counter() - started
             if step % _SHOW_EVERY == 0 or step == run.steps_per_epoch:
                 show(step, describe(_means(run)))
-            if recipe.checkpoint.every_steps and progress.step % recipe.checkpoint.every_steps == 0:
+            every = recipe.checkpoint.every_steps
+            if every and progress.step % every == 0 and step < run.steps_per_epoch:  # the epoch's end saves too
                 save_checkpoint(run)
 
 

@@ -32,7 +32,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             num_steps=recipe.optim.accumulate, sync_with_dataloader=False
         ),
         log_with=recipe.trackers or None,
-        project_dir=recipe.output,
+        project_dir=recipe.folder / "trackers",
     )
     _check_processes(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -46,6 +46,10 @@ def _check_precision(mixed_precision: str, on_cpu: bool) -> None:
     if mixed_precision == "fp16" and on_cpu:
         raise ValueError("mixed_precision='fp16' does nothing on a CPU; use 'bf16' or 'no'")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "fp16", "bf16"):
+        raise ValueError(
+            f"`accelerate launch` asks for {asked}, which is not supported; launch with --mixed_precision no"
+        )
     if asked not in ("no", mixed_precision):
         raise ValueError(
             f"`accelerate launch` asks for {asked} but the recipe, which decides, for {mixed_precision!r}; add "

@@ -43,7 +43,7 @@ class Recipe:
 
     Attributes:
         output: folder of the results: `best/` and `last/` (models), `checkpoints/` (to resume from),
-            `metrics.jsonl`, `recipe.yaml`, `report.json`.
+            `metrics.jsonl`, `recipe.yaml`, `report.json`, `training.png`, and `trackers/` if there are any.
         overwrite: replace a run that `output` holds already; else that is an error.
         resume: go on with the run that `output` holds, from its newest checkpoint; start anew if there is none.
         seed: decides weights, order, augmentation, attacks and noise.
