@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -233,8 +232,10 @@ def test_code_in_a_checkpoint_is_not_run_even_if_its_checksum_is_right(tmp_path)
     torch.save({"model": Bomb(tmp_path / "exploded")}, path)
     sums = path.with_name("checksums.json")
     sums.write_text(json.dumps({**json.loads(sums.read_text()), path.name: sha256(path.read_bytes()).hexdigest()}))
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        checkpoints.load_newest(pytest.fail)
+    told: list[str] = []
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoint\(s\)"):
+        checkpoints.load_newest(told.append)
+    assert "UnpicklingError: it holds more than tensors and plain values" in told[0]
     assert not (tmp_path / "exploded").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "exploded").exists(), "it would have been harmful"
@@ -251,3 +252,12 @@ def test_what_comes_back_is_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(timm_fsr.checkpoints.torch, "load", spy)
     loaded(saved(tmp_path, 1))
     assert asked == [{"map_location": "cpu", "weights_only": True}]
+
+
+def test_a_broken_later_one_does_not_outlive_the_run_that_went_back(tmp_path):
+    """Else rotation would keep it, and in the end it alone."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(200, tensors_of(200), values_of(200))
+    (checkpoints.folder / "step-000000200" / "tensors.pt").write_bytes(b"")
+    checkpoints.save(150, tensors_of(150), values_of(150))
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-000000150"]

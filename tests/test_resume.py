@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +168,38 @@ class TestTerminated:
         train(tiny(tmp_path, *FLAGS, "--resume=true"))
         assert_same_end(whole, tmp_path)
 
+    def test_one_during_the_validation_is_heard_too(self, whole, tmp_path, monkeypatch):
+        """Also the last one: the final evaluation may take longer than the scheduler waits."""
+        validate = timm_fsr.engine.validate
+
+        def terminated(run: Any) -> dict[str, float]:
+            if run.progress.epoch == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return validate(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(timm_fsr.engine, "validate", terminated)
+            with pytest.raises(InterruptedRunError, match="after epoch 3; the run is saved"):
+                train(tiny(tmp_path, *FLAGS))
+        assert not (tmp_path / "report.json").exists()
+        train(tiny(tmp_path, *FLAGS, "--resume=true"))
+        assert_same_end(whole, tmp_path)
+
+    def test_one_to_the_whole_process_group_leaves_the_workers_alive(self, tmp_path, monkeypatch):
+        """Launchers send it to all processes; a decoding worker that dies would end the training unsaved."""
+        flags = ["--data.streamed=true", "--data.size=28", "--data.workers=1", "--evaluation.attacks=[]"]
+
+        def terminate() -> None:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+        before_step(monkeypatch, 0, terminate)
+        with pytest.raises(InterruptedRunError):
+            train(tiny(tmp_path, *flags))
+        assert (tmp_path / "checkpoints" / "step-000000001").is_dir()
+
     def test_the_command_says_so_and_exits_as_a_shell_expects(self, tmp_path, monkeypatch, capsys):
         before_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         recipe = tiny(tmp_path / "run", *FLAGS)
@@ -193,6 +228,13 @@ class TestBrokenCheckpoints:
         with pytest.raises(ValueError, match=r"none of the \d checkpoint\(s\) in .* is whole; .*--overwrite=true"):
             train(tiny(tmp_path, *FLAGS, "--resume=true"))
         assert contents(tmp_path) == before
+
+    def test_a_finished_run_without_any_is_not_cleared_away(self, whole, tmp_path):
+        shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+        before = contents(tmp_path / "run")
+        with pytest.raises(FileExistsError, match=r"holds a run without checkpoints, .*--overwrite=true"):
+            train(tiny(tmp_path / "run", *FLAGS, "--resume=true"))
+        assert contents(tmp_path / "run") == before
 
 
 class TestAnotherRun:

@@ -30,7 +30,9 @@ FREE = {
     "checkpoint.keep": "9",
     "data.source": "other.parquet",
     "data.workers": "3",
+    "data.extra_source": "elsewhere.npz",
     "evaluation.attacks": "[pgd7]",
+    "optim.nonfinite": "skip",
 }
 BINDING = {
     "seed": "5",

@@ -164,14 +164,13 @@ class TestEps:
 class TestNotFinite:
     def test_stopping_leaves_the_state_before_the_step(self, tmp_path, monkeypatch):
         poisoned(monkeypatch, {4}, to_nan)
-        message = r"became NaN or infinite in step 2 of epoch 2; the state before it is saved\. Lower optim\.lr"
+        message = r"became NaN or infinite in step 2 of epoch 2; the state before it is saved\. Go on with --resume"
         with pytest.raises(FloatingPointError, match=message):
             train(tiny(tmp_path, "--evaluation.attacks=[]"))
         state = torch.load(tmp_path / "checkpoints/step-000000004/tensors.pt", weights_only=True)
         assert all(value.isfinite().all() for value in state["model"].values())
         assert len(metrics(tmp_path)) == 1
-        monkeypatch.undo()
-        train(tiny(tmp_path, "--evaluation.attacks=[]", "--resume=true"))
+        train(tiny(tmp_path, "--evaluation.attacks=[]", "--resume=true", "--optim.nonfinite=skip"))
         assert len(metrics(tmp_path)) == 2, "it can go on from there"
 
     def test_skipping_leaves_no_trace_of_the_step(self, tmp_path, monkeypatch, capsys):

@@ -165,7 +165,7 @@ class TestEpoch:
         ({"train.robust_accuracy": 0.1234}, "train robust 12.3 %"),
         ({"held_out.one_step_accuracy": 1.0}, "held_out one_step 100.0 %"),
         ({"seconds": 61.6, "skipped_steps": 3.0}, "62 s, 3 steps skipped"),
-        ({"lr": 0.1, "eps": 0.03}, ""),
+        ({"lr": 0.1, "eps": 0.03}, "eps 0.0300"),
     ],
 )
 def test_metrics_on_one_line(values, text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -57,6 +58,8 @@ class Checkpoints:
             scratch.replace(target)
             _to_disk(self.folder)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+            if old is not None and not target.exists():
+                old.replace(target)
             raise OSError(
                 getattr(error, "errno", None),
                 f"could not write the checkpoint {target} ({error}); the older ones are untouched: free space or check "
@@ -65,7 +68,7 @@ class Checkpoints:
         finally:
             for path in filter(None, (scratch, old)):
                 shutil.rmtree(path, ignore_errors=True)
-        self._rotate()
+        self._rotate(target)
         return target
 
     def load_newest(self, warn: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -81,8 +84,11 @@ class Checkpoints:
         for path in reversed(found):
             problem = _problem(path)
             if problem is None:
-                tensors = torch.load(path / _TENSORS, map_location="cpu", weights_only=True)
-                return tensors, json.loads((path / _VALUES).read_text(encoding="utf-8"))
+                try:
+                    tensors = torch.load(path / _TENSORS, map_location="cpu", weights_only=True)
+                    return tensors, json.loads((path / _VALUES).read_text(encoding="utf-8"))
+                except (pickle.UnpicklingError, RuntimeError, ValueError) as error:  # not written by `save`
+                    problem = f"{type(error).__name__}: it holds more than tensors and plain values"
             warn(f"the checkpoint {path} is not whole ({problem}); going back to the one before")
         if found:
             raise ValueError(
@@ -94,8 +100,10 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir())
 
-    def _rotate(self) -> None:
-        for path in self._all()[: -self.keep]:
+    def _rotate(self, newest: Path) -> None:
+        """Keep `newest` and those before it; later ones were broken, or are of a course that was given up."""
+        before = [path for path in self._all() if path.name <= newest.name]
+        for path in {*self._all()} - {*before[-self.keep :]}:
             shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(f"{_SCRATCH}*"):  # of a process that was killed
             shutil.rmtree(path, ignore_errors=True)

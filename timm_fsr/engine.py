@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from timm_fsr.progress import bar
 from timm_fsr.recipe import Recipe
 from timm_fsr.sites import reattach
 from timm_fsr.state import Run, checkpoints_of, refresh_whole, restore, save_checkpoint
-from timm_fsr.steps import InterruptedRunError, stop_requests, take_step
+from timm_fsr.steps import InterruptedRunError, agreed, stop_requests, take_step
 from timm_fsr.streaming import Images
 from timm_fsr.tracking import begin_tracking, check_trackers, describe, log_epoch, read_metrics
 from timm_fsr.validation import judge, validate
@@ -69,23 +69,25 @@ def train(recipe: Recipe) -> nn.Module:
     _check_output(recipe)
     accelerator = build_accelerator(recipe)
     console = Console(quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    snapshot = _find_snapshot(recipe, console)
-    run = _prepare(recipe, accelerator, console)
-    if snapshot is not None:
-        restore(run, *snapshot)
-    console.print(_headline(run))
-    accelerator.wait_for_everyone()  # before the first process writes what the others look for
-    _begin(run, anew=snapshot is None)
-    with stop_requests() as stop_asked, _compilation(run):
-        while run.progress.epoch < recipe.optim.epochs and not run.progress.stopped:
-            _train_epoch(run, stop_asked)
-            _end_epoch(run)
-    if run.progress.stopped:
-        console.print(f"stopped after epoch {run.progress.epoch}: {run.progress.stopped}")
-    accelerator.wait_for_everyone()
-    model = _finish(run)
-    accelerator.end_training()
-    return model
+    try:
+        snapshot = _find_snapshot(recipe, accelerator, console)
+        run = _prepare(recipe, accelerator, console)
+        if snapshot is not None:
+            restore(run, *snapshot)
+        console.print(_headline(run))
+        accelerator.wait_for_everyone()  # before the first process writes what the others look for
+        _begin(run, anew=snapshot is None)
+        with stop_requests() as stop_asked, _compilation(run):
+            while run.progress.epoch < recipe.optim.epochs and not run.progress.stopped:
+                _train_epoch(run, stop_asked)
+                _end_epoch(run)
+                _check_stop(run, stop_asked)
+        if run.progress.stopped:
+            console.print(f"stopped after epoch {run.progress.epoch}: {run.progress.stopped}")
+        accelerator.wait_for_everyone()
+        return _finish(run)
+    finally:
+        accelerator.end_training()
 
 
 def _check_output(recipe: Recipe) -> None:
@@ -107,14 +109,33 @@ def _check_output(recipe: Recipe) -> None:
     )
 
 
-def _find_snapshot(recipe: Recipe, console: Console) -> Snapshot | None:
-    """What to resume from, if that is asked for and there is something."""
+def _find_snapshot(recipe: Recipe, accelerator: Accelerator, console: Console) -> Snapshot | None:
+    """What to resume from, if that is asked for and there is something; the same on every process."""
     if not recipe.resume:
         return None
     snapshot = checkpoints_of(recipe).load_newest(lambda problem: console.print(f"warning: {problem}"))
+    step = -1 if snapshot is None else snapshot[1]["progress"]["step"]
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the processes found different checkpoints in {recipe.output} (steps {steps}); it must be a folder that "
+            "all of them share"
+        )
     if snapshot is None:
+        _check_nothing_is_lost(recipe)
         console.print(f"there is no checkpoint in {recipe.output} yet: the run starts from its beginning")
     return snapshot
+
+
+def _check_nothing_is_lost(recipe: Recipe) -> None:
+    """Refuse to begin anew where a run got further than its first checkpoint, which somebody has removed."""
+    metrics = recipe.folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    if len(lines) > 1 or (recipe.folder / "report.json").exists():
+        raise FileExistsError(
+            f"{recipe.output} holds a run without checkpoints, which cannot be resumed; replace it by --overwrite=true "
+            "or choose another folder with --output"
+        )
 
 
 def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
@@ -205,7 +226,7 @@ def _begin(run: Run, *, anew: bool) -> None:
     """Make the output folder ready: cleared for a new run, and with the recipe in it."""
     if run.accelerator.is_main_process:
         folder = run.recipe.folder
-        for path in (folder / name for name in _RESULTS if anew):
+        for path in (folder / name for name in reversed(_RESULTS) if anew):  # what names it a run goes last
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -214,7 +235,7 @@ def _begin(run: Run, *, anew: bool) -> None:
     begin_tracking(run)
 
 
-def _train_epoch(run: Run, stop_asked: Any) -> None:
+def _train_epoch(run: Run, stop_asked: Callable[[], bool]) -> None:
     """What is left of the current epoch's pass over the training images."""
     recipe, accelerator, progress = run.recipe, run.accelerator, run.progress
     done = progress.step - progress.epoch * run.steps_per_epoch
@@ -251,6 +272,8 @@ def _end_epoch(run: Run) -> None:
     started = time.perf_counter()
     metrics = _means(run, reduced=True)
     metrics["lr"] = max(group["lr"] for group in run.optimizer.param_groups)
+    if recipe.attack.warmup_epochs:
+        metrics["eps"] = recipe.attack.eps_at(progress.epoch + 1)
     progress.epoch += 1
     last = progress.epoch == recipe.optim.epochs
     best = False
@@ -269,6 +292,15 @@ def _end_epoch(run: Run) -> None:
     progress.counted = progress.skipped = 0
     progress.seconds = 0.0
     save_checkpoint(run)
+
+
+def _check_stop(run: Run, stop_asked: Callable[[], bool]) -> None:
+    """Raise InterruptedRunError if SIGTERM came while the epoch was ended, which is saved by now."""
+    _, stop = agreed(run, torch.zeros((), device=run.accelerator.device), stop_asked())
+    if stop:
+        raise InterruptedRunError(
+            f"stopped by SIGTERM after epoch {run.progress.epoch}; the run is saved, go on with --resume=true"
+        )
 
 
 def _means(run: Run, *, reduced: bool = False) -> dict[str, float]:

@@ -20,7 +20,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             or something was asked for that would silently run as something else here (fp16, FSDP, DeepSpeed or
             synchronised BatchNorm on a CPU).
     """
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
     _check_precision(recipe.mixed_precision, on_cpu)
     _check_launcher()
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision

@@ -72,7 +72,15 @@ def read_options(options: type[Options], arguments: Sequence[str], parser: Argum
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     values.pop("config", None)
-    return options(**values)
+    return _with_floats(options(**values))
+
+
+def _with_floats(value: Any) -> Any:
+    """Options whose numbers are plain floats: another class could not be read back from a checkpoint."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        entries = {entry.name: _with_floats(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        return dataclasses.replace(value, **entries)
+    return _plain(value)
 
 
 def write_options(options: Any) -> str:

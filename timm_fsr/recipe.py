@@ -47,7 +47,8 @@ class Recipe:
         overwrite: replace a run that `output` holds already; else that is an error.
         resume: go on with the run that `output` holds, from its newest checkpoint; start anew if there is none.
         seed: decides weights, order, augmentation, attacks and noise.
-        mixed_precision: "no" (float32), "bf16" or "fp16", by Accelerate.
+        mixed_precision: "no" (float32; its convolutions use TF32 on GPUs that have it, torch's default), "bf16" or
+            "fp16", by Accelerate. Validation and evaluation are always in float32 without TF32.
         channels_last: memory format of images and convolutions, usually faster; random numbers are drawn in memory
             order, so that the results differ as those of two seeds do.
         compile: torch.compile backend of the model, such as "inductor"; null runs it as it is.

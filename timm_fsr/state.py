@@ -33,7 +33,18 @@ from timm_fsr.streaming import Images
 from timm_fsr.version import __version__
 
 # What a resumed run may do otherwise than the run it goes on with: none of it touches the arithmetic of training.
-_FREE = ("output", "overwrite", "resume", "trackers", "checkpoint", "data.source", "data.workers", "evaluation.attacks")
+_FREE = (
+    "output",
+    "overwrite",
+    "resume",
+    "trackers",
+    "checkpoint",
+    "data.source",
+    "data.extra_source",
+    "data.workers",
+    "evaluation.attacks",
+    "optim.nonfinite",
+)
 
 
 @dataclass

@@ -53,23 +53,26 @@ def take_step(run: Run, images: Tensor, labels: Tensor, *, stop_asked: Callable[
     run.optimizer.zero_grad()
     metrics: dict[str, Tensor] = {}
     parts = recipe.optim.accumulate
-    for part, some in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+    for part in range(parts):  # by strides: extra images, which come last, belong into every part
+        some, classes = images[part::parts], labels[part::parts]
         with run.accelerator.accumulate(run.prepared):
-            terms = _backward(run, attack, *some, epoch, step, part)
-        for name, value in _metrics(terms, some[1]).items():
+            terms = _backward(run, attack, some, classes, epoch, step, part)
+        for name, value in _metrics(terms, classes).items():
             metrics[name] = metrics.get(name, torch.zeros_like(value)) + value / parts
-    broken, stop = _agreed(run, _is_broken(run, metrics), stop_asked())
-    if broken:
-        _skip_or_stop(run, buffers)
-    else:
+    broken, stop = agreed(run, _is_broken(run, metrics), stop_asked())
+    if not broken or run.accelerator.scaler is not None:  # which leaves out a bad step by itself, and must know of it
         run.optimizer.step()
+    overflow = run.accelerator.scaler is not None and run.accelerator.optimizer_step_was_skipped
+    if broken or overflow:
+        _skip_or_stop(run, buffers, usual=not broken)
+    else:
         share_statistics(run)
         progress.skipped_in_a_row = 0
         progress.counted += 1
         for name, value in metrics.items():
             run.sums[name] = run.sums[name] + value if name in run.sums else value
     progress.step += 1
-    if run.ema is not None and not broken:
+    if run.ema is not None and not (broken or overflow):
         run.ema.update(run.timm_model, step=progress.step if recipe.optim.ema_warmup else None)
     if stop:
         save_checkpoint(run)
@@ -126,28 +129,34 @@ def _metrics(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:
 def _is_broken(run: Run, metrics: dict[str, Tensor]) -> Tensor:
     """Scalar: 1 if a loss term is not finite, or the gradient (which in fp16 is the gradient scaler's business)."""
     values = [value for name, value in metrics.items() if name.startswith("loss.")]
-    parameters = list(run.prepared.parameters())
     clip = run.recipe.optim.clip_grad
+    norm: Tensor | None = None
     if clip is not None:
-        norm = run.accelerator.clip_grad_norm_(parameters, clip)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if run.accelerator.scaler is None:
+        norm = run.accelerator.clip_grad_norm_(list(run.prepared.parameters()), clip)
+    elif run.accelerator.scaler is None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in run.prepared.parameters() if p.grad is not None])
+    if norm is not None and run.accelerator.scaler is None:
         values.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     return (~torch.stack([value.float() for value in values]).isfinite()).any().float()
 
 
-def _agreed(run: Run, broken: Tensor, stop: bool) -> tuple[bool, bool]:
+def agreed(run: Run, broken: Tensor, stop: bool) -> tuple[bool, bool]:
     """Both flags, true where they are on any process, for all of them must do the same."""
-    flags = torch.stack([broken, torch.tensor(float(stop), device=broken.device)])
+    flags = torch.stack([broken, torch.full_like(broken, float(stop))])
     if run.accelerator.num_processes > 1:
         flags = run.accelerator.reduce(flags, "sum")
     broken_anywhere, stop_anywhere = (flags > 0).tolist()
     return broken_anywhere, stop_anywhere
 
 
-def _skip_or_stop(run: Run, buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Undo what the step has done to the model; raise if the policy or the number of such steps says so."""
+def _skip_or_stop(run: Run, buffers: list[tuple[Tensor, Tensor]], *, usual: bool) -> None:
+    """Undo what the step has done to the model; raise if the policy or the number of such steps says so.
+
+    Args:
+        run: its progress is updated.
+        buffers: of the model, with their values before the step.
+        usual: gradients of a finite loss overflowed in fp16, as they do now and then until their scale is found.
+    """
     progress = run.progress
     run.optimizer.zero_grad()
     with torch.no_grad():
@@ -157,15 +166,16 @@ def _skip_or_stop(run: Run, buffers: list[tuple[Tensor, Tensor]]) -> None:
     progress.skipped_in_a_row += 1
     epoch, step = divmod(progress.step, run.steps_per_epoch)
     where = f"the loss or its gradient became NaN or infinite in step {step + 1} of epoch {epoch + 1}"
-    if run.recipe.optim.nonfinite == "skip" and progress.skipped_in_a_row < MOST_SKIPPED:
-        run.console.print(f"warning: {where}; the step is skipped")
+    if (usual or run.recipe.optim.nonfinite == "skip") and progress.skipped_in_a_row < MOST_SKIPPED:
+        if not usual:
+            run.console.print(f"warning: {where}; the step is skipped")
         return
     progress.skipped -= 1
     progress.skipped_in_a_row -= 1
     save_checkpoint(run)  # the state before this step, which is whole
     raise FloatingPointError(
-        f"{where}; the state before it is saved. Lower optim.lr or attack.eps, clip gradients (optim.clip_grad), train "
-        "in float32 (mixed_precision='no'), or skip such steps (optim.nonfinite='skip')"
+        f"{where}; the state before it is saved. Go on with --resume=true --optim.nonfinite=skip, or train anew: with "
+        "a lower optim.lr or attack.eps, clipped gradients (optim.clip_grad), or in float32 (mixed_precision='no')"
     )
 
 
@@ -177,7 +187,8 @@ def share_statistics(run: Run) -> None:
     """
     if run.accelerator.num_processes == 1:
         return
-    buffers = [buffer for buffer in run.timm_model.buffers() if buffer.is_floating_point()]
+    running = ("running_mean", "running_var")
+    buffers = [buffer for name, buffer in run.timm_model.named_buffers() if name.endswith(running)]
     if not buffers:
         return
     joint = torch.cat([buffer.flatten().float() for buffer in buffers])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -193,6 +194,7 @@ class StreamedData:
             batch_sampler=(self.indices[places.cpu()].tolist() for places in chosen),
             num_workers=min(self.workers, _cores(), len(chosen)),
             collate_fn=_unchanged,
+            worker_init_fn=_outlive_sigterm,
             pin_memory=torch.device(self.device).type == "cuda",
             generator=torch.Generator(),  # without one of its own it would draw from the global generator
         )
@@ -281,6 +283,11 @@ class _Samples(Dataset[Tensor]):
         generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")
         picture = pictures[0] if pictures[0].mode == self.mode else pictures[0].convert(self.mode)
         return pixels_of(self.crop(picture, self.size, generator))
+
+
+def _outlive_sigterm(_worker: int) -> None:
+    """Leave SIGTERM to the training process: launchers send it to all, and torch takes a worker's death for a fault."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -12,6 +12,14 @@ from timm_fsr.files import write_text
 from timm_fsr.layers.base import unknown
 from timm_fsr.state import Run, flatten
 
+# Of what is neither a loss nor an accuracy; the rate has its place in the file alone.
+_FORMATS = {
+    "seconds": "{value:.0f} s",
+    "skipped_steps": "{value:.0f} steps skipped",
+    "eps": "eps {value:.4f}",
+    "lr": "",
+}
+
 
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers that Accelerate does not know, or would leave out without a word for want of their package.
@@ -59,13 +67,9 @@ def describe(metrics: dict[str, float]) -> str:
     for name, value in metrics.items():
         if name.endswith("accuracy"):
             parts.append(f"{name.removesuffix('_accuracy').replace('.', ' ')} {100 * value:.1f} %")
-        elif name == "seconds":
-            parts.append(f"{value:.0f} s")
-        elif name == "skipped_steps":
-            parts.append(f"{value:.0f} steps skipped")
-        elif name not in ("lr", "eps"):
-            parts.append(f"{name.removeprefix('loss.')} {value:.3f}")
-    return ", ".join(parts)
+        else:
+            parts.append(_FORMATS.get(name, "{name} {value:.3f}").format(name=name.removeprefix("loss."), value=value))
+    return ", ".join(filter(None, parts))
 
 
 def _lines(run: Run) -> list[str]:
