@@ -330,7 +330,7 @@ class TestRefusals:
             train(tiny(tmp_path))
         assert set(contents(tmp_path)) == {
             *(f"{kind}/{file}" for kind in ("best", "last") for file in ("config.json", "model.safetensors")),
-            *(f"checkpoints/step-000000003/{file}" for file in CHECKPOINT),
+            *(f"checkpoints/step-00000000{step}/{file}" for step in (3, 6) for file in CHECKPOINT),
             "metrics.jsonl",
             "recipe.yaml",
         }

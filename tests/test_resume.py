@@ -137,6 +137,23 @@ class TestKilled:
         train(tiny(tmp_path, *FLAGS, "--resume=true"))
         assert_same_end(whole, tmp_path)
 
+    def test_during_a_validation(self, whole, tmp_path, monkeypatch):
+        """No step is repeated: the state was saved before."""
+
+        def die(run: Any) -> dict[str, float]:
+            if run.progress.epoch == 2:
+                raise Killed
+            return validate(run)
+
+        validate = timm_fsr.engine.validate
+        with monkeypatch.context() as patch:
+            patch.setattr(timm_fsr.engine, "validate", die)
+            with pytest.raises(Killed):
+                train(tiny(tmp_path, *FLAGS))
+        before_step(monkeypatch, 5, lambda: pytest.fail("a step was repeated"))
+        train(tiny(tmp_path, *FLAGS, "--resume=true"))
+        assert_same_end(whole, tmp_path)
+
     def test_during_the_final_evaluation(self, whole, tmp_path, monkeypatch):
         def die(*_: Any, **__: Any) -> None:
             raise Killed

@@ -271,14 +271,16 @@ def _end_epoch(run: Run) -> None:
     recipe, accelerator, progress = run.recipe, run.accelerator, run.progress
     started = time.perf_counter()
     metrics = _means(run, reduced=True)
+    due = progress.epoch + 1 == recipe.optim.epochs or (progress.epoch + 1) % recipe.evaluation.validate_every == 0
+    if due:
+        save_checkpoint(run)  # the validation may take long, or find that the model returns NaN
     metrics["lr"] = max(group["lr"] for group in run.optimizer.param_groups)
     if recipe.attack.warmup_epochs:
         metrics["eps"] = recipe.attack.eps_at(progress.epoch + 1)
     progress.epoch += 1
-    last = progress.epoch == recipe.optim.epochs
     best = False
     refresh_whole(run)
-    if last or progress.epoch % recipe.evaluation.validate_every == 0:
+    if due:
         metrics |= validate(run)
         best = judge(run, metrics)
     if accelerator.is_main_process:
