@@ -117,6 +117,12 @@ class TestCompiled:
         with pytest.raises(Exception, match="recompile"):
             trained(tmp_path, *ONE_STEP, "--compile=eager")
 
+    def test_nor_where_compilation_is_switched_off(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch._dynamo.config, "disable", True)
+        with pytest.raises(ValueError, match=r"compile=eager was asked for, but torch.compile is switched off; unset"):
+            trained(tmp_path / "new", *ONE_STEP, "--compile=eager")
+        assert not (tmp_path / "new").exists()
+
 
 class TestAverage:
     def test_its_warm_up_follows_the_rule_of_timm(self, tmp_path):

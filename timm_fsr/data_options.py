@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from timm_fsr.data import Augmentation, ImageData, load_data
 from timm_fsr.notation import Number
@@ -138,20 +139,10 @@ class DataOptions:
         return ResizedCrop(scale=tuple(map(float, self.crop_scale)), flip=self.flip)
 
     def _load(self, split: str, limit: int | None, classes: Sequence[str] | None, progress: bool) -> Images:
-        if self.streamed and self.size is not None:
-            return stream_data(
-                self.source,
-                split,
-                config=self.config,
-                image_column=self.image_column,
-                label_column=self.label_column,
-                classes=classes,
-                size=self.size,
-                channels=self.channels,
-                limit=limit,
-                workers=self.workers,
-            )
-        return load_data(
+        read: Callable[..., Images] = partial(load_data, progress=progress)
+        if self.streamed:
+            read = partial(stream_data, workers=self.workers)
+        return read(
             self.source,
             split,
             config=self.config,
@@ -161,5 +152,4 @@ class DataOptions:
             size=self.size,
             channels=self.channels,
             limit=limit,
-            progress=progress,
         )

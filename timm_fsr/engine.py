@@ -76,8 +76,8 @@ def train(recipe: Recipe) -> nn.Module:
             restore(run, *snapshot)
         console.print(_headline(run))
         accelerator.wait_for_everyone()  # before the first process writes what the others look for
-        _begin(run, anew=snapshot is None)
-        with stop_requests() as stop_asked, _compilation(run):
+        with _compilation(run), stop_requests() as stop_asked:
+            _begin(run, anew=snapshot is None)
             while run.progress.epoch < recipe.optim.epochs and not run.progress.stopped:
                 _train_epoch(run, stop_asked)
                 _end_epoch(run)
@@ -319,6 +319,11 @@ def _compilation(run: Run) -> Iterator[None]:
         return
     import torch._dynamo
 
+    if torch._dynamo.config.disable:
+        raise ValueError(
+            f"compile={run.recipe.compile} was asked for, but torch.compile is switched off; unset "
+            "TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE, or leave out compile"
+        )
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=_COMPILED_VARIANTS):
         yield
 

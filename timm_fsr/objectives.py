@@ -67,6 +67,11 @@ class Objective:
         adversarial = self.craft(model, attack, images, labels, generator=generator)
         return self.terms(model, attack, images, adversarial, labels)
 
+    @property
+    def attacks(self) -> bool:
+        """Whether the method trains on attacked images at all."""
+        return True
+
     def craft(
         self,
         model: nn.Module,
@@ -76,11 +81,13 @@ class Objective:
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Adversarial images that maximise `attack_loss` with the model in eval mode.
+        """Adversarial images that maximise `attack_loss` with the model in eval mode; the images if nothing `attacks`.
 
         Under DistributedDataParallel the attack runs through the wrapped module: passing the wrapper would
         synchronise buffers in each step and could pair up wrong collectives.
         """
+        if not self.attacks:
+            return images
         self.check_attack(attack)
         inner = unwrapped(model)
         with attack_mode(inner):
@@ -105,17 +112,10 @@ class Objective:
 class Natural(Objective):
     """Training on clean images: cross-entropy, and the feature layers' auxiliary terms on them."""
 
-    def craft(
-        self,
-        model: nn.Module,
-        attack: Attack,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """The images themselves."""
-        return images
+    @property
+    def attacks(self) -> bool:
+        """Never."""
+        return False
 
     def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
         """The term "natural" and the auxiliary ones; `attack` and `adversarial` are not used."""
@@ -173,25 +173,18 @@ class TRADES(Objective):
         super().__post_init__()
         _check_weight("beta", self.beta)
 
+    @property
+    def attacks(self) -> bool:
+        """Unless beta is 0."""
+        return bool(self.beta)
+
     def check_attack(self, attack: Attack) -> None:
         """Raise ValueError for an attack without a random start."""
-        if self.beta and not getattr(attack, "random_start", True):
+        if self.attacks and not getattr(attack, "random_start", True):
             raise ValueError(
                 "TRADES maximises a divergence whose gradient is zero at the image itself, so an attack that starts "
                 "there does nothing; use one with random_start=True, such as PGD"
             )
-
-    def craft(
-        self,
-        model: nn.Module,
-        attack: Attack,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Adversarial images; the images themselves with beta 0."""
-        return super().craft(model, attack, images, labels, generator=generator) if self.beta else images
 
     def attack_loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossFunction:
         """KL divergence of the attacked image's class probabilities from the clean image's."""
