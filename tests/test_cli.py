@@ -115,20 +115,20 @@ class TestTrain:
 
 class TestEvaluate:
     def test_a_saved_model_gives_a_report(self, saved, tmp_path, capsys):
-        report = tmp_path / "report.json"
+        report = tmp_path / "results" / "report.json"
         attacks = ["--attacks", "fgsm", "pgd2", "--norm", "l2", "--eps", "1/2", "--seed", "4"]
-        assert main(["evaluate", str(saved), "--limit", "30", *attacks, "--output", str(report)]) == 0
+        assert main(["evaluate", str(saved), "--limit", "30", *attacks, "--output", str(report.parent)]) == 0
         found = Report.load(report)
         assert list(found.correct) == ["clean", "fgsm", "pgd2"]
         assert (found.count, found.norm, found.eps, found.seed) == (30, "l2", 0.5, 4)
         assert found.summary() in capsys.readouterr().out
 
     def test_it_is_what_evaluate_gives_in_python(self, saved, tmp_path):
-        main(["evaluate", str(saved), "--limit", "30", "--attacks", "pgd2", "--output", str(tmp_path / "report.json")])
+        main(["evaluate", str(saved), "--limit", "30", "--attacks", "pgd2", "--output", str(tmp_path / "out")])
         model = timm.create_model(f"local-dir:{saved}", pretrained=True)
         data = timm_fsr.load_data("fashion_mnist", "test", limit=30)
         expected = timm_fsr.evaluate(model, data.batches(250), attacks=["pgd2"])
-        assert Report.load(tmp_path / "report.json").to_dict()["correct"] == expected.to_dict()["correct"]
+        assert Report.load(tmp_path / "out" / "report.json").to_dict()["correct"] == expected.to_dict()["correct"]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -144,6 +144,14 @@ class TestEvaluate:
             (["resnet_tiny_cifar"], "No pretrained weights"),
             (["resnet_tiny_cifar_fsr"], "no weights of the whole model"),
             (["RGB"], "images have 1 channels but the model takes 3"),
+            (["SAVED", "--norm=l1"], "'fgsm' has no L1 ball; use AutoAttack ('standard')"),
+            (["SAVED", "--attacks", "transfer"], "needs other models to transfer from"),
+            (["SAVED", "--evidence=10"], "--evidence needs a folder to write to; add --output"),
+            (["SAVED", "--save-images"], "--save-images needs a folder"),
+            (["SAVED", "--output=report.json"], "--output takes a folder"),
+            (["SAVED", "--num-classes=10"], "--num-classes belongs to --checkpoint"),
+            (["resnet_tiny_cifar", "--checkpoint=nowhere.pth"], "there is no file nowhere.pth"),
+            (["SAVED", "--attacked=nowhere"], "nowhere holds no attacked images"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
@@ -160,9 +168,9 @@ class TestEvaluate:
 
     def test_a_report_that_cannot_be_written(self, saved, tmp_path, monkeypatch, capsys):
         """Known before the attacks run: they may take hours."""
-        monkeypatch.setattr("timm_fsr.cli.evaluate", lambda *_, **__: pytest.fail("the attacks ran"))
+        monkeypatch.setattr("timm_fsr.commands.assess", lambda *_, **__: pytest.fail("the attacks ran"))
         (tmp_path / "file").write_text("")
-        arguments = ["evaluate", str(saved), "--limit=20", "--attacks", "fgsm", f"--output={tmp_path}/file/report.json"]
+        arguments = ["evaluate", str(saved), "--limit=20", "--attacks", "fgsm", f"--output={tmp_path}/file/results"]
         assert "could not write to" in error_of(arguments, capsys)
 
 
@@ -239,7 +247,7 @@ class TestEntryPoints:
         assert caught.value.code == 0
         printed = capsys.readouterr().out
         assert printed.startswith("usage: timm-fsr")
-        assert "{train,evaluate,demo}" in printed
+        assert "{train,evaluate,report,demo}" in printed
 
     @pytest.mark.parametrize(
         "arguments",

@@ -79,6 +79,7 @@ class TestResults:
             *(f"{kind}/{file}" for kind in ("best", "last") for file in ("config.json", "model.safetensors")),
             *(f"checkpoints/step-00000000{step}/{file}" for step in (3, 6) for file in CHECKPOINT),
             "best/report.json",
+            "evaluation/outcomes/0.jsonl",
             "report.json",
             "metrics.jsonl",
             "recipe.yaml",

@@ -11,11 +11,12 @@ import torch
 from tiny import images, labels, tiny_resnet, with_fsr
 from torch import Tensor, nn
 
-import timm_fsr.evaluation
-from timm_fsr.attacks import FGSM, PGD, LossFunction
-from timm_fsr.evaluation import build_attack, evaluate
+import timm_fsr.inference
+from timm_fsr.attacks import PGD
+from timm_fsr.evaluation import Standing, evaluate
 from timm_fsr.pixels import PixelModel
 from timm_fsr.sites import layer_groups
+from timm_fsr.stages import Stage, Suite
 
 EPS = 0.1
 
@@ -39,30 +40,31 @@ def model() -> nn.Module:
 
 
 class Fixed:
-    """An attack that swaps dark and bright on given images, and notes the seeds of its random starts."""
-
-    eps = EPS
+    """An attack that swaps dark and bright on given images of a batch, and notes the seeds of its random starts."""
 
     def __init__(self, broken: list[int], seeds: list[int]) -> None:
         self.broken, self.seeds = broken, seeds
 
-    def __repr__(self) -> str:
-        return f"Fixed({self.broken})"
-
-    def __call__(self, loss_fn: LossFunction, given: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        assert generator is not None
+    def __call__(self, model: nn.Module, given: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         self.seeds.append(generator.initial_seed())
         adversarial = given.clone()
         adversarial[self.broken] = 1 - adversarial[self.broken]
         return adversarial
 
 
+def suite(name: str, *stages: tuple[str, Fixed], every_image: bool = True) -> Suite:
+    return Suite(name, tuple(Stage(key, f"Fixed({run.broken})", run) for key, run in stages), every_image=every_image)
+
+
 @pytest.fixture
-def fixed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fixed]:
+def fixed() -> dict[str, Fixed]:
     """Three attacks, of which each breaks other images."""
-    attacks = {name: Fixed(broken, []) for name, broken in {"a": [0], "b": [0, 1], "c": [2]}.items()}
-    monkeypatch.setattr(timm_fsr.evaluation, "build_attack", lambda name, norm, eps: attacks[name])
-    return attacks
+    return {name: Fixed(broken, []) for name, broken in {"a": [0], "b": [0, 1], "c": [2]}.items()}
+
+
+@pytest.fixture
+def suites(fixed) -> dict[str, Suite]:
+    return {name: suite(name, (name, attack)) for name, attack in fixed.items()}
 
 
 class TestCounting:
@@ -92,35 +94,33 @@ class TestCounting:
         report = evaluate(Brightness(), (self.LEVELS, self.CLASSES), eps=0, attacks=["fgsm", "pgd10"])
         assert set(report.accuracy.values()) == {4 / 5}
 
-    def test_the_worst_case_is_the_intersection(self, fixed):
-        seen: list[tuple[int, int]] = []
-        report = evaluate(
-            Brightness(),
-            (self.LEVELS, self.CLASSES),
-            attacks=["a", "b", "c"],
-            progress=lambda *counts: seen.append(counts),
-        )
+    def test_the_worst_case_is_the_intersection(self, suites):
+        seen: list[Standing] = []
+        pair = (self.LEVELS, self.CLASSES)
+        report = evaluate(Brightness(), pair, eps=1, attacks=list(suites.values()), progress=seen.append)
         assert report.accuracy == {"clean": 4 / 5, "a": 3 / 5, "b": 2 / 5, "c": 3 / 5}
         assert report.worst_case == 1 / 5
-        assert seen == [(5, 1)]
+        assert [now.stage for now in seen] == ["a: a", "b: b", "c: c", "c: c"]
+        assert [(now.images, now.robust) for now in seen] == [(0, 0), (0, 0), (0, 0), (5, 1)]
 
-    def test_batches_are_put_together_in_order(self, fixed):
-        seen: list[tuple[int, int]] = []
+    def test_batches_are_put_together_in_order(self, suites):
+        seen: list[Standing] = []
         parts = list(zip(self.LEVELS.split(3), self.CLASSES.split(3), strict=True))
-        report = evaluate(Brightness(), iter(parts), attacks=["a"], progress=lambda *counts: seen.append(counts))
+        report = evaluate(Brightness(), iter(parts), eps=1, attacks=[suites["a"]], progress=seen.append)
         # The first image of each batch is broken: the very first, and the fourth.
         assert report.correct["a"].tolist() == [False, True, True, False, False]
-        assert seen == [(3, 2), (5, 2)]
+        assert [(now.images, now.robust) for now in seen] == [(0, 0), (3, 2), (3, 2), (5, 2)]
+        assert report.labels.tolist() == self.CLASSES.tolist()
 
     def test_a_pair_of_tensors_is_cut_into_batches(self, monkeypatch):
         pair = (self.LEVELS, self.CLASSES)
         together = evaluate(Brightness(), pair, attacks=["fgsm"])
         as_batch = evaluate(Brightness(), [pair], attacks=["fgsm"])
-        monkeypatch.setattr(timm_fsr.evaluation, "BATCH_SIZE", 2)
+        monkeypatch.setattr(timm_fsr.inference, "BATCH_SIZE", 2)
         seen: list[int] = []
-        cut = evaluate(Brightness(), pair, attacks=["fgsm"], progress=lambda done, _: seen.append(done))
+        cut = evaluate(Brightness(), pair, attacks=["fgsm"], progress=lambda now: seen.append(now.images))
         assert together.to_dict()["correct"] == as_batch.to_dict()["correct"] == cut.to_dict()["correct"]
-        assert seen == [2, 4, 5]
+        assert seen == [0, 2, 2, 4, 4, 5]
 
     def test_a_timm_model_gets_its_normalisation(self):
         model = timm.create_model("test_resnet", num_classes=10).eval()
@@ -145,13 +145,13 @@ class TestSeeds:
         reports = [evaluate(model, (images(8), labels(8)), attacks=["pgd3"], seed=1).to_dict() for _ in range(2)]
         assert reports[0] == reports[1]
 
-    def test_a_start_depends_on_seed_attack_and_batch_alone(self, fixed):
+    def test_a_start_depends_on_seed_attack_and_batch_alone(self, fixed, suites):
         pair = (TestCounting.LEVELS, TestCounting.CLASSES)
 
         def seeds(attacks: list[str], seed: int = 0) -> list[int]:
             fixed["a"].seeds.clear()
             torch.manual_seed(torch.seed() % 1000)
-            evaluate(Brightness(), [pair, pair], attacks=attacks, seed=seed)
+            evaluate(Brightness(), [pair, pair], eps=1, attacks=[suites[name] for name in attacks], seed=seed)
             return list(fixed["a"].seeds)
 
         alone = seeds(["a"])
@@ -244,6 +244,8 @@ class TestRefusals:
             (torch.zeros(4, 10, 1, 1), r"returned shape \(4, 10, 1, 1\)"),
             (torch.full((4, 10), float("nan")), "NaN or infinite logits for clean images; check its weights"),
             (torch.full((4, 10), float("inf")), "NaN or infinite logits"),
+            (torch.full((4, 10), 0.1), "returned probabilities"),
+            (torch.zeros(4, 1), "nothing to confuse"),
             (torch.zeros(4, 2), r"labels run from 0 to 3, but the model has 2 classes .*num_classes=4"),
         ],
     )
@@ -276,7 +278,10 @@ class TestRefusals:
         ("arguments", "message"),
         [
             ({"eps": -1 / 255}, "must be 0 or more"),
-            ({"norm": "l1"}, "norm='l1' is unknown"),
+            ({"norm": "l1"}, "'fgsm' has no L1 ball; use AutoAttack"),
+            ({"norm": "l3"}, "norm='l3' is unknown"),
+            ({"attacks": ["transfer"]}, "needs other models to transfer from"),
+            ({"save_images": True}, "save_images needs a folder"),
             ({"attacks": ["pdg20"]}, "unknown attack 'pdg20'; did you mean 'pgd20'"),
             ({"attacks": ["pgd0"]}, "unknown attack 'pgd0'"),
             ({"attacks": ["clean"]}, "unknown attack 'clean'"),
@@ -299,11 +304,41 @@ class TestRefusals:
 
     def test_adversarial_images_that_are_no_numbers(self):
         """The class of NaN logits is that of the first one: such images would count as right for label 0."""
-        with pytest.raises(ValueError, match="NaN or infinite logits for pgd3 images"):
+        with pytest.raises(ValueError, match="the attack 'pgd3' gave NaN or infinite pixels"):
             evaluate(SquareRoot(), (images(), torch.zeros(4).long()), attacks=["pgd3"])
 
+    def test_half_precision_and_models_that_stay_in_training_mode(self, model):
+        with pytest.raises(ValueError, match=r"call model\.float\(\) first"):
+            evaluate(model.half(), (images(), labels()))
 
-class TestBuildAttack:
-    def test_names_say_the_steps(self):
-        assert build_attack("fgsm", "l2", 0.5) == FGSM(norm="l2", eps=0.5)
-        assert build_attack("pgd7", "linf", 0.1) == PGD(eps=0.1, steps=7, random_start=True)
+    def test_an_attack_that_leaves_the_ball(self, suites):
+        with pytest.raises(RuntimeError, match=r"'a' left \[0, 1\] or the linf ball of radius 0.1 \(reached 0.8"):
+            evaluate(Brightness(), (grey(0.1, 0.9), torch.tensor([0, 1])), eps=0.1, attacks=[suites["a"]])
+
+
+class TestChains:
+    PAIR = (grey(0.1, 0.2, 0.8, 0.9, 0.3), torch.tensor([0, 0, 1, 1, 1]))  # the last is wrong clean
+
+    def test_each_stage_attacks_what_those_before_it_left(self):
+        stages = [("first", Fixed([1], [])), ("second", Fixed([1], [])), ("third", Fixed([0, 1], []))]
+        report = evaluate(Brightness(), self.PAIR, eps=1, attacks=[suite("chain", *stages, every_image=False)])
+        found = {name: flags.tolist() for name, flags in report.stages["chain"].items()}
+        assert found == {
+            "first": [True, False, True, True, False],
+            "second": [True, False, False, True, False],  # the second of those left is the third image
+            "third": [False, False, False, False, False],
+        }
+        assert report.accuracy == {"clean": 4 / 5, "chain": 0}
+
+    def test_a_stage_with_nothing_left_is_not_run(self):
+        last = Fixed([], [])
+        stages = [("first", Fixed([0, 1, 2, 3], [])), ("last", last)]
+        evaluate(Brightness(), self.PAIR, eps=1, attacks=[suite("chain", *stages, every_image=False)])
+        assert len(last.seeds) == 0
+
+    def test_what_square_broke_beyond_gradients_is_said(self):
+        stages = [("apgd-ce", Fixed([0], [])), ("square", Fixed([0], []))]
+        report = evaluate(Brightness(), self.PAIR, eps=1, attacks=[suite("mine", *stages, every_image=False)])
+        assert report.notes[-1] == (
+            "in 'mine', Square broke 20.0 % of the images that the attacks before it missed: suspect masked gradients"
+        )

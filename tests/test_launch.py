@@ -51,7 +51,7 @@ class TestRefused:
         [
             (
                 {"WORLD_SIZE": "2"},
-                r"2 processes were launched but Accelerate joined 1, so each would train alone; .*--multi_gpu",
+                r"2 processes were launched but Accelerate joined 1, so each would work alone; .*--multi_gpu",
             ),
             (
                 {"ACCELERATE_MIXED_PRECISION": "bf16"},

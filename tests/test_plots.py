@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_engine import metrics, tiny
 
-import timm_fsr.engine
+import timm_fsr.results
 from timm_fsr.engine import train
 from timm_fsr.plots import plot_training
 from timm_fsr.report import Report
@@ -115,11 +115,11 @@ class TestRun:
     def test_without_matplotlib_it_ends_well_and_says_what_is_missing(self, tmp_path, monkeypatch, capsys):
         find = importlib.util.find_spec
         monkeypatch.setattr(
-            timm_fsr.engine.importlib.util,
+            timm_fsr.results.importlib.util,
             "find_spec",
             lambda name, *args: None if name == "matplotlib" else find(name, *args),
         )
-        monkeypatch.setattr(timm_fsr.engine, "plot_training", lambda *_, **__: pytest.fail("it was drawn"))
+        monkeypatch.setattr(timm_fsr.results, "plot_training", lambda *_, **__: pytest.fail("it was drawn"))
         train(tiny(tmp_path, *SHORT))
         assert "matplotlib is not installed: no training.png (pip install matplotlib)" in capsys.readouterr().out
         assert not (tmp_path / "training.png").exists()

@@ -239,7 +239,12 @@ class TestYAML:
             nonfinite="skip",
         ),
         evaluation=EvaluationOptions(
-            attacks=["pgd7"], validation_steps=3, validate_every=2, patience=4, overfitting_alarm=False
+            attacks=["pgd7"],
+            validation_attack="apgd",
+            validation_steps=3,
+            validate_every=2,
+            patience=4,
+            overfitting_alarm=False,
         ),
         checkpoint=CheckpointOptions(every_steps=100, keep=5),
     )

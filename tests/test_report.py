@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import timm_fsr.files
-from timm_fsr.report import Report, format_eps, wilson_interval
+from timm_fsr.report import Report, clopper_pearson, format_eps
 
 
 @pytest.fixture
@@ -21,7 +21,13 @@ def report() -> Report:
         norm="linf",
         eps=8 / 255,
         seed=3,
-        conditions={"model": "tiny", "data": "ünïcode"},
+        conditions={"model": "tiny", "data": "ünïcode", "classes": ["a", "b", "c", "d"]},
+        stages={"pgd20": {"first": torch.tensor([True] * 5 + [False] * 2)}},
+        labels=torch.tensor([0, 0, 0, 1, 1, 2, 2]),
+        notes=("one", "two"),
+        calibration={"clean": {"brier_score": 0.25}},
+        evidence={"findings": [{"level": "ok", "text": "fine"}]},
+        corruptions={"fog": {"1": 0.5}},
     )
 
 
@@ -33,24 +39,26 @@ class TestCounting:
     def test_the_worst_case_counts_images_right_under_all(self, report):
         assert report.worst_case == 2 / 7
 
+    def test_classes_are_counted_apart(self, report):
+        assert report.per_class("clean") == [1.0, 1.0, 0.5, None]
+        assert report.per_class("fgsm") == [1.0, 0.0, 0.0, None]
+        assert report.per_class() == [2 / 3, 0.0, 0.0, None]
+
     def test_intervals_are_of_the_named_share(self, report):
-        assert report.interval("fgsm") == wilson_interval(3 / 7, 7)
-        assert report.interval("worst_case") == wilson_interval(2 / 7, 7)
+        assert report.interval("fgsm") == clopper_pearson(3, 7)
+        assert report.interval("worst_case") == clopper_pearson(2, 7)
         with pytest.raises(KeyError):
             report.interval("pgd100")
 
     @pytest.mark.parametrize(
-        ("share", "count", "low", "high"),
-        # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
-        [
-            (81 / 263, 263, 0.2553, 0.3662),
-            (15 / 148, 148, 0.0624, 0.1605),
-            (0.0, 20, 0.0, 0.1611),
-            (1 / 29, 29, 0.0061, 0.1718),
-        ],
+        ("successes", "count", "low", "high"),
+        # Newcombe (1998), Statistics in Medicine 17, table I, method 5.
+        [(81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (0, 20, 0.0, 0.1684), (1, 29, 0.0009, 0.1776)],
     )
-    def test_wilson_intervals_are_the_published_ones(self, share, count, low, high):
-        assert wilson_interval(share, count) == pytest.approx((low, high), abs=5e-5)
+    def test_intervals_are_the_published_ones(self, successes, count, low, high):
+        assert clopper_pearson(successes, count) == pytest.approx((low, high), abs=5e-5)
+        mirrored = (1 - high, 1 - low)
+        assert clopper_pearson(count - successes, count) == pytest.approx(mirrored, abs=5e-5)
 
     @pytest.mark.parametrize(
         ("eps", "text"),
@@ -79,7 +87,22 @@ class TestReadingBack:
         assert written["accuracy"] == {"clean": 6 / 7, "fgsm": 3 / 7, "pgd20": 3 / 7, "worst_case": 2 / 7}
         assert written["threat_model"] == {"norm": "linf", "eps": 8 / 255}
         assert written["correct"]["fgsm"] == "1110000"
-        assert written["schema_version"] == 1
+        assert written["interval_95"]["fgsm"] == list(report.interval("fgsm"))
+        assert written["stages"]["pgd20"]["first"] == "1111100"
+        assert written["labels"] == [0, 0, 0, 1, 1, 2, 2]
+        assert written["schema_version"] == 2
+
+    def test_a_report_of_version_1_is_read(self, report):
+        """As the first release wrote it."""
+        text = (
+            '{"schema_version": 1, "threat_model": {"norm": "linf", "eps": 0.1}, "seed": 3, "images": 2, '
+            '"accuracy": {"clean": 1.0, "fgsm": 0.5, "worst_case": 0.5}, "attacks": {"fgsm": "FGSM()"}, '
+            '"conditions": {"model": "tiny"}, "correct": {"clean": "11", "fgsm": "10"}}'
+        )
+        old = Report.from_dict(json.loads(text))
+        assert (old.worst_case, old.labels, old.stages, old.notes) == (0.5, None, {}, ())
+        with pytest.raises(ValueError, match="without labels"):
+            old.per_class()
 
     def test_a_failed_save_keeps_the_old_file(self, report, tmp_path, monkeypatch):
         path = tmp_path / "report.json"
@@ -101,8 +124,8 @@ class TestReadingBack:
             ("{", "is not JSON"),
             ("", "is not JSON"),
             ("[1, 2]", "holds no report"),
-            ("{}", "schema version None, this timm_fsr reads 1; update"),
-            ('{"schema_version": 2}', "schema version 2"),
+            ("{}", "schema version None, this timm_fsr reads 1 to 2; update"),
+            ('{"schema_version": 3}', "schema version 3"),
             ('{"schema_version": 1}', "lacks the key 'correct'; evaluate the model again"),
         ],
     )

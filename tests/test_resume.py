@@ -18,6 +18,7 @@ from test_engine import contents, equal, metrics, tiny, weights
 from torch import Tensor
 
 import timm_fsr.engine
+import timm_fsr.results
 from timm_fsr.cli import main
 from timm_fsr.engine import InterruptedRunError, train
 from timm_fsr.report import Report
@@ -159,7 +160,7 @@ class TestKilled:
             raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(timm_fsr.engine, "evaluate", die)
+            patch.setattr(timm_fsr.results, "evaluate", die)
             with pytest.raises(Killed):
                 train(tiny(tmp_path, *FLAGS))
         assert not (tmp_path / "report.json").exists()

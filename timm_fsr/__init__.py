@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from timm_fsr import models as _models  # noqa: F401  (registers the timm variants)
+from timm_fsr.apgd import APGD
 from timm_fsr.attacks import FGSM, NFGSM, PGD, attack_mode
 from timm_fsr.convert import convert_official
 from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
@@ -17,10 +18,14 @@ from timm_fsr.sites import attach, detach, reattach, record
 from timm_fsr.version import __version__
 
 if TYPE_CHECKING:
+    from timm_fsr.assessment import assess
+    from timm_fsr.corruptions import corrupt
     from timm_fsr.data import ImageData, load_data
     from timm_fsr.engine import train
-    from timm_fsr.evaluation import evaluate
+    from timm_fsr.evaluation import evaluate, rescore
+    from timm_fsr.evidence import gather_evidence
     from timm_fsr.hub import save_pretrained
+    from timm_fsr.leaderboard import model_info, register_alias
     from timm_fsr.recipe import Recipe
     from timm_fsr.report import Report
 
@@ -28,13 +33,20 @@ _LATER = {
     "ImageData": "data",
     "Recipe": "recipe",
     "Report": "report",
+    "assess": "assessment",
+    "corrupt": "corruptions",
     "evaluate": "evaluation",
+    "gather_evidence": "evidence",
     "load_data": "data",
+    "model_info": "leaderboard",
+    "register_alias": "leaderboard",
+    "rescore": "evaluation",
     "save_pretrained": "hub",
     "train": "engine",
 }
 
 __all__ = [
+    "APGD",
     "AT",
     "FGSM",
     "FSR",
@@ -50,16 +62,22 @@ __all__ = [
     "Recipe",
     "Report",
     "__version__",
+    "assess",
     "attach",
     "attack_mode",
     "convert_official",
+    "corrupt",
     "detach",
     "evaluate",
+    "gather_evidence",
     "list_layers",
     "load_data",
+    "model_info",
     "reattach",
     "record",
+    "register_alias",
     "register_layer",
+    "rescore",
     "save_pretrained",
     "train",
 ]

@@ -111,10 +111,10 @@ class PGD:
         step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         adversarial = images
         if self.random_start:
-            adversarial = self._project(images + self._start(images, generator), images)
+            adversarial = self.project(images + self._start(images, generator), images)
         for _ in range(self.steps):
             gradient = input_gradient(loss_fn, adversarial)
-            adversarial = self._project(adversarial + step_size * _ascent_direction(gradient, self.norm), images)
+            adversarial = self.project(adversarial + step_size * self.direction(gradient), images)
         return adversarial
 
     def _start(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -122,8 +122,12 @@ class PGD:
             return random_in_ball(images, self.norm, self.eps, generator)
         return torch.empty_like(images).normal_(std=self.start_noise, generator=generator)
 
-    def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """The nearest point of the ball, then of [0, 1]; overwrites `adversarial`."""
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The unit step that raises the loss most: the sign in Linf, the normalised gradient in L2."""
+        return _ascent_direction(gradient, self.norm)
+
+    def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """The nearest point of the ball around `images`, then of [0, 1]; overwrites `adversarial`."""
         if self.norm == "linf":
             adversarial = torch.clamp(adversarial, images - self.eps, images + self.eps, out=adversarial)
         else:
@@ -262,6 +266,14 @@ def input_gradient(loss_fn: LossFunction, images: Tensor) -> Tensor:
             raise ValueError("the loss does not depend on the images; loss_fn must call the model on its argument")
         (gradient,) = torch.autograd.grad(loss.sum(), images)
     return gradient
+
+
+def anchored(loss_fn: LossFunction) -> LossFunction:
+    """The same loss, but with a gradient of zero where it does not depend on the images, instead of an error.
+
+    A model that cuts its gradient off has to be attacked all the same.
+    """
+    return lambda images: loss_fn(images) + 0 * images.sum()
 
 
 def random_in_ball(like: Tensor, norm: str, eps: float, generator: torch.Generator | None = None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,25 +20,24 @@ from torch import nn
 
 from timm_fsr.batches import training_batches
 from timm_fsr.data import epoch_steps
-from timm_fsr.evaluation import BATCH_SIZE, evaluate
 from timm_fsr.files import write_text
-from timm_fsr.hub import load, save_pretrained
+from timm_fsr.hub import save_pretrained
 from timm_fsr.launch import build_accelerator
 from timm_fsr.pixels import PixelModel
-from timm_fsr.plots import plot_training
 from timm_fsr.progress import bar
 from timm_fsr.recipe import Recipe
+from timm_fsr.results import conclude, model_label
 from timm_fsr.sites import reattach
 from timm_fsr.state import Run, checkpoints_of, refresh_whole, restore, save_checkpoint
 from timm_fsr.steps import InterruptedRunError, agreed, stop_requests, take_step
 from timm_fsr.streaming import Images
-from timm_fsr.tracking import begin_tracking, check_trackers, describe, log_epoch, read_metrics
+from timm_fsr.tracking import begin_tracking, check_trackers, describe, log_epoch
 from timm_fsr.validation import judge, validate
 
 __all__ = ["InterruptedRunError", "train"]
 
 _SHOW_EVERY = 20  # steps between looks at the metrics: looking waits for the device
-_RESULTS = ("metrics.jsonl", "best", "last", "checkpoints", "trackers", "report.json", "training.png")
+_RESULTS = ("metrics.jsonl", "best", "last", "checkpoints", "trackers", "evaluation", "report.json", "training.png")
 _COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
 
 Snapshot = tuple[dict[str, Any], dict[str, Any]]
@@ -85,7 +83,7 @@ def train(recipe: Recipe) -> nn.Module:
         if run.progress.stopped:
             console.print(f"stopped after epoch {run.progress.epoch}: {run.progress.stopped}")
         accelerator.wait_for_everyone()
-        return _finish(run)
+        return conclude(run)
     finally:
         accelerator.end_training()
 
@@ -328,62 +326,12 @@ def _compilation(run: Run) -> Iterator[None]:
         yield
 
 
-def _finish(run: Run) -> nn.Module:
-    """Reload the best model as a user would, evaluate it on the test images, and save the report and the plot."""
-    output = run.recipe.folder
-    model = load(str(output / "best")).to(run.accelerator.device).eval()
-    if not run.accelerator.is_main_process:
-        return model
-    if importlib.util.find_spec("matplotlib") is None:
-        run.console.print("matplotlib is not installed: no training.png (pip install matplotlib)")
-    else:
-        title = f"{_model_label(run)}, {run.recipe.objective.name}"
-        plot_training(read_metrics(run), output / "training.png", title=title, best_epoch=run.progress.selection.epoch)
-    options = run.recipe.evaluation
-    if not options.attacks:
-        return model
-    test = run.recipe.data.build_test(run.data.classes)
-    with bar(run.console, "evaluation", len(test)) as show:
-        report = evaluate(
-            model,
-            test.to(run.accelerator.device).batches(BATCH_SIZE),
-            norm=run.recipe.attack.norm,
-            eps=run.recipe.attack.eps,
-            attacks=options.attacks,
-            seed=run.recipe.seed,
-            name=_model_label(run),
-            data_name=test.name,
-            progress=lambda done, correct: show(done, f"right under all so far: {correct}/{done}"),
-        )
-    report = dataclasses.replace(report, conditions={**report.conditions, **_training_conditions(run, test)})
-    report.save(output / "report.json")
-    save_pretrained(model, output / "best", report=report)
-    run.console.print(f"{_model_label(run)}: {report.summary()}\nresults in {output}")
-    return model
-
-
-def _training_conditions(run: Run, test: Images) -> dict[str, object]:
-    optim, selection = run.recipe.optim, run.progress.selection
-    return {
-        "data_fingerprint": test.fingerprint,
-        "training_data": run.data.name,
-        "checkpoint_rule": f"best PGD-{run.recipe.evaluation.validation_steps} accuracy on {run.held_out.name}",
-        "checkpoint_epoch": selection.epoch,
-        "training": f"{run.objective!r}, {run.attack!r}, {optim.epochs} epochs",
-        "training_seed": run.recipe.seed,
-    }
-
-
 def _headline(run: Run) -> str:
     parameters = sum(parameter.numel() for parameter in run.timm_model.parameters())
     precision = {"no": "float32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device.type}, {precision}"
     begun = f", resumed after step {run.progress.step}" if run.progress.step else ""
     return (
-        f"{_model_label(run)} ({parameters / 1e6:.2f} M parameters) on {len(run.data)} images of {run.data.name}, "
+        f"{model_label(run)} ({parameters / 1e6:.2f} M parameters) on {len(run.data)} images of {run.data.name}, "
         f"{where}{begun}"
     )
-
-
-def _model_label(run: Run) -> str:
-    return (getattr(run.timm_model, "pretrained_cfg", None) or {}).get("architecture") or run.recipe.model.name

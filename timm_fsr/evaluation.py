@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 import platform
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from timm_fsr.attacks import FGSM, PGD, Attack, attack_mode
+from timm_fsr.attacks import attack_mode
+from timm_fsr.autoattack import implementation_version
 from timm_fsr.data import derive_generator
 from timm_fsr.hub import base_model
-from timm_fsr.layers.base import unknown
+from timm_fsr.inference import Batches, as_batches, check_channels, full_precision, predict
+from timm_fsr.outcomes import (
+    CLEAN,
+    Journal,
+    attacked_batches,
+    attacked_suites,
+    batch_key,
+    load_attacked,
+    model_digest,
+    save_attacked,
+    suite_key,
+)
 from timm_fsr.pixels import as_pixel_model, check_images
 from timm_fsr.report import Report
-from timm_fsr.sites import layer_groups, record
+from timm_fsr.soundness import Soundness, check_logits, check_model, examine
+from timm_fsr.stages import Stage, Suite
+from timm_fsr.suites import AUTOATTACK_SUITES, ENSEMBLE, OFFICIAL, Target, build_suites, check_names
 from timm_fsr.version import __version__
 
-Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-BATCH_SIZE = 250
+__all__ = ["Standing", "evaluate", "rescore"]
+
+_SQUARE_GAP = 0.002  # AutoAttack's own threshold for calling white-box attacks unreliable
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far an evaluation is.
+
+    Attributes:
+        images: so many are finished, on this process.
+        robust: so many of them were right clean and under every attack; an upper bound for the rest.
+        stage: what was run last, such as "autoattack: square".
+    """
+
+    images: int
+    robust: int
+    stage: str
 
 
 def evaluate(
@@ -31,158 +64,321 @@ def evaluate(
     *,
     norm: str = "linf",
     eps: float = 8 / 255,
-    attacks: Sequence[str] = ("fgsm", "pgd20"),
+    attacks: Sequence[str | Suite] = ("fgsm", "pgd20"),
     seed: int = 0,
     name: str = "",
     data_name: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    transfer_from: Mapping[str, nn.Module] | None = None,
+    folder: str | Path | None = None,
+    overwrite: bool = False,
+    save_images: bool = False,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[Standing], None] | None = None,
 ) -> Report:
     """Clean and robust accuracy of a model, image by image.
 
-    The model runs in eval mode, float32 and without TF32; its mode and gradients flags are restored.
+    The model runs in eval mode, float32 and without TF32; its mode and gradients flags are restored. What an image's
+    outcome is depends on the model, the seed, the attack and the batch that it is in, not on the number of processes.
 
     Args:
         model: a timm model (its `pretrained_cfg` mean and std are put in front) or a pixel-space model.
         data: images (N, C, H, W) in [0, 1] with labels (N,), or an iterable of such batches.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2"; "l1" for AutoAttack.
         eps: radius, in pixels of [0, 1].
-        attacks: "fgsm", "pgd<steps>" (step 2.5 * eps / steps, random start), e.g. "pgd20".
-        seed: of the random starts; they depend on it, the attack and the position of the batch alone.
+        attacks: by name; docs/evaluation.md lists them. "fgsm", "pgd20", "pgd100x5" (restarts), "cw30", "apgd100",
+            "official" (what the FSR repository tests), "standard", "plus", "rand" (AutoAttack), its components alone,
+            "adaptive", "transfer"; or a `Suite` of your own.
+        seed: of the random starts.
         name: of the model, for the report.
         data_name: of the data, for the report.
-        progress: called with (images done, images correct under all so far) after each batch.
+        transfer_from: other models by name, whose adversarial images are tried by "adaptive" and "transfer".
+        folder: where outcomes are noted as soon as they are known: the same evaluation, started again, goes on there.
+        overwrite: replace what `folder` holds of another evaluation.
+        save_images: keep the attacked images in `folder`, for `rescore`.
+        accelerator: shares the batches over its processes; each returns the whole report.
+        progress: called after each attack on a batch.
 
     Returns:
         The report; its "clean" comes first.
 
     Raises:
         ValueError: an unknown attack, images outside [0, 1], labels that do not fit, a model that does not return
-            one finite row of logits per image, or no data.
-        RuntimeError: a feature layer that does not fire.
+            one finite row of logits per image, no data, or a folder with another evaluation.
+        ModuleNotFoundError: an attack needs a package that is not installed.
+        RuntimeError: a feature layer that does not fire, or an attack that leaves the ball.
     """
-    chosen = _build_attacks(attacks, norm, eps)
+    check_names([a for a in _listed(attacks) if isinstance(a, str)], norm, eps, sources=bool(transfer_from))
+    if save_images and folder is None:
+        raise ValueError("save_images needs a folder to keep the images in; give folder")
     pixel_model = as_pixel_model(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    outcomes: dict[str, list[Tensor]] = {key: [] for key in ("clean", *chosen)}
-    survivors = done = 0
-    with attack_mode(pixel_model), _full_precision(device):
-        for index, (images, labels) in enumerate(_batches(data)):
-            correct = _outcomes(pixel_model, chosen, images.to(device), labels.to(device), seed, index)
-            for key, flags in correct.items():
-                outcomes[key].append(flags.cpu())
-            done += len(images)
-            survivors += int(torch.stack(list(correct.values())).all(dim=0).sum())
-            if progress is not None:
-                progress(done, survivors)
-    if not outcomes["clean"]:
-        raise ValueError("there is no image to evaluate on; check the data's split and limit")
-    return Report(
-        correct={key: torch.cat(parts) for key, parts in outcomes.items()},
-        attacks={key: repr(attack) for key, attack in chosen.items()},
-        norm=norm,
-        eps=float(eps),
-        seed=seed,
-        conditions=_conditions(model, name, data_name, device),
-    )
+    sources = {key: as_pixel_model(source).to(device) for key, source in (transfer_from or {}).items()}
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    with ExitStack() as modes:
+        for one in (pixel_model, *sources.values()):
+            modes.enter_context(attack_mode(one))
+        modes.enter_context(full_precision(device))
+        check_model(pixel_model)
+        key = {"model": model_digest(pixel_model), "norm": norm, "eps": float(eps), "seed": seed, **_versions()}
+        work = _Work(
+            model=pixel_model,
+            names=attacks,
+            threat=(norm, float(eps), seed),
+            sources=sources,
+            journal=_open_journal(folder, key, accelerator, overwrite=overwrite),
+            folder=Path(folder) if folder is not None and save_images else None,
+            progress=progress,
+        )
+        for index, (images, labels) in enumerate(as_batches(data)):
+            if index % world == rank:
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    torch.manual_seed(derive_generator(seed, 0, index, 0, stream="evaluate clean").initial_seed())
+                    work.evaluate_batch(index, images.to(device), labels.to(device))
+    parts = [work.result()] if accelerator is None else gather_object([work.result()])
+    report = _put_together(parts, norm, float(eps), seed)
+    conditions = {
+        **_conditions(model, name, data_name, device, world),
+        **report.conditions,
+        "model_digest": key["model"],
+    }
+    report.conditions.update(conditions)
+    return report
 
 
-def build_attack(name: str, norm: str, eps: float) -> Attack:
-    """The evaluation attack called `name` in the ball of radius `eps`.
+def rescore(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
+    """Try the attacked images of an earlier evaluation with `save_images` on a model, be it the same or another.
+
+    Args:
+        model: a timm model or a pixel-space model.
+        folder: of the evaluation.
+
+    Returns:
+        For each attack by its folder's name, (N,) bool: was the attacked image classified correctly?
 
     Raises:
-        ValueError: an unknown name; the message names the nearest.
+        FileNotFoundError: there are no attacked images in the folder.
+        ValueError: they are damaged, or do not fit the model.
     """
-    if name == "fgsm":
-        return FGSM(norm=norm, eps=eps)
-    steps = re.fullmatch(r"pgd([1-9]\d*)", name)
-    if steps:
-        return PGD(norm=norm, eps=eps, steps=int(steps[1]))
-    raise ValueError(unknown("attack", name, ["fgsm", "pgd10", "pgd20", "pgd100"]))
-
-
-def _build_attacks(names: Sequence[str], norm: str, eps: float) -> dict[str, Attack]:
-    if isinstance(names, str):
-        raise ValueError(f"attacks={names!r} is one name where a list belongs; use [{names!r}]")
-    return {name: build_attack(name, norm, eps) for name in names}
-
-
-def _outcomes(
-    model: nn.Module, attacks: dict[str, Attack], images: Tensor, labels: Tensor, seed: int, index: int
-) -> dict[str, Tensor]:
-    """For "clean" and each attack, (N,) bool: was the image of batch number `index` classified correctly?"""
-    _check_batch(model, images, labels)
-    outcomes = {"clean": _predict(model, images, "clean") == labels}
-    for name, attack in attacks.items():
-        generator = derive_generator(seed, 0, index, 0, images.device, stream=f"evaluate {name}")
-        adversarial = _attacked(attack, model, images, labels, generator)
-        outcomes[name] = _predict(model, adversarial, name) == labels
+    pixel_model = as_pixel_model(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    outcomes: dict[str, Tensor] = {}
+    with attack_mode(pixel_model), full_precision(device):
+        check_model(pixel_model)
+        for suite in attacked_suites(Path(folder)):
+            flags = []
+            for images, labels in attacked_batches(Path(folder), suite):
+                check_channels(pixel_model, images)
+                flags.append((predict(pixel_model, images.to(device), suite) == labels.to(device)).cpu())
+            outcomes[suite] = torch.cat(flags)
     return outcomes
 
 
-def _attacked(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    return attack(lambda x: F.cross_entropy(model(x), labels, reduction="none"), images, generator=generator)
+@dataclass
+class _Work:
+    """The evaluation of this process's batches."""
+
+    model: nn.Module
+    names: Sequence[str | Suite]
+    threat: tuple[str, float, int]
+    sources: Mapping[str, nn.Module]
+    journal: Journal
+    folder: Path | None
+    progress: Callable[[Standing], None] | None
+    suites: list[Suite] = field(default_factory=list)
+    soundness: Soundness | None = None
+    outcomes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    standing: Standing = Standing(0, 0, CLEAN)
+
+    def evaluate_batch(self, index: int, images: Tensor, labels: Tensor) -> None:
+        """The outcomes of batch number `index`, all of them or those that the journal does not know."""
+        check_images(images, labels)
+        check_channels(self.model, images)
+        if self.soundness is None:
+            self._prepare(images, labels)
+        batch = batch_key(index, images, labels)
+        clean = self._clean(batch, images, labels)
+        found: dict[str, Any] = {"labels": labels.cpu(), CLEAN: clean.cpu(), "stages": {}}
+        for suite in self.suites:
+            stages = self._attack(suite, index, batch, images, labels, clean)
+            found[suite.name] = list(stages.values())[-1].cpu()
+            if len(stages) > 1:
+                found["stages"][suite.name] = {key: flags.cpu() for key, flags in stages.items()}
+        self.outcomes[index] = found
+        robust = torch.stack([found[key] for key in (CLEAN, *(suite.name for suite in self.suites))]).all(dim=0)
+        done, standing = self.standing.images + len(images), self.standing
+        self._show(Standing(done, standing.robust + int(robust.sum()), standing.stage))
+
+    def result(self) -> dict[str, Any]:
+        """What the other processes have to know."""
+        notes = [] if self.soundness is None else self.soundness.notes()
+        return {
+            "outcomes": self.outcomes,
+            "attacks": {suite.name: suite.detail for suite in self.suites},
+            "notes": [*notes, *(suite.note for suite in self.suites if suite.note)],
+        }
+
+    def _prepare(self, images: Tensor, labels: Tensor) -> None:
+        norm, eps, seed = self.threat
+        self.soundness = examine(self.model, images, labels)
+        target = Target(self.model, norm, eps, seed, self.soundness, self.sources)
+        for name in self.names:
+            self.suites += [name] if isinstance(name, Suite) else build_suites([name], target)
+        self.suites = list({suite.name: suite for suite in self.suites}.values())
+
+    def _clean(self, batch: str, images: Tensor, labels: Tensor) -> Tensor:
+        known = self.journal.get(batch, CLEAN, CLEAN)
+        if known is not None:
+            return known.to(images.device)
+        with torch.no_grad():
+            logits = self.model(images)
+        check_logits(logits, len(images))
+        check_images(images, labels, logits.shape[1])
+        clean = logits.argmax(dim=1) == labels
+        self.journal.put(clean, batch, CLEAN, CLEAN)
+        return clean
+
+    def _attack(
+        self, suite: Suite, index: int, batch: str, images: Tensor, labels: Tensor, clean: Tensor
+    ) -> dict[str, Tensor]:
+        """(N,) bool after each stage of a suite: was the image still classified correctly?"""
+        correct = torch.ones_like(clean) if suite.every_image else clean.clone()
+        flags: dict[str, Tensor] = {}
+        attacked = None
+        for stage in suite.stages:
+            key = (batch, *suite_key(suite, stage))
+            known = self.journal.get(*key)
+            if known is None:
+                if attacked is None:
+                    attacked = self._attacked_so_far(suite, index, images)
+                chosen = correct.nonzero().flatten()
+                if len(chosen):
+                    found = self._run(suite, stage, index, images[chosen], labels[chosen])
+                    attacked[chosen] = found
+                    correct[chosen] = predict(self.model, found, stage.name) == labels[chosen]
+                if self.folder is not None:
+                    save_attacked(self.folder, suite.name, index, attacked, labels)
+                self.journal.put(correct, *key)
+            else:
+                correct = known.to(images.device)
+            flags[stage.name] = correct.clone()
+            self._show(Standing(self.standing.images, self.standing.robust, f"{suite.name}: {stage.name}"))
+        return flags
+
+    def _attacked_so_far(self, suite: Suite, index: int, images: Tensor) -> Tensor:
+        """The images as earlier stages left them, if those were run before a kill and kept."""
+        kept = None if self.folder is None else load_attacked(self.folder, suite.name, index)
+        return images.clone() if kept is None else kept.to(images.device)
+
+    def _run(self, suite: Suite, stage: Stage, index: int, images: Tensor, labels: Tensor) -> Tensor:
+        norm, eps, seed = self.threat
+        stream = f"evaluate {suite.name}" if len(suite.stages) == 1 else f"evaluate {suite.name} {stage.name}"
+        generator = derive_generator(seed, 0, index, 0, images.device, stream=stream)
+        torch.manual_seed(generator.initial_seed())  # of a model that is random itself
+        attacked = stage.run(self.model, images, labels, generator)
+        _check_budget(attacked, images, norm, eps, stage.name)
+        return attacked
+
+    def _show(self, standing: Standing) -> None:
+        self.standing = standing
+        if self.progress is not None:
+            self.progress(standing)
 
 
-@torch.no_grad()
-def _predict(model: nn.Module, images: Tensor, kind: str) -> Tensor:
-    logits = model(images)
-    if not torch.isfinite(logits).all():  # argmax would make a class of them, and perhaps the right one
+def _open_journal(
+    folder: str | Path | None, key: Mapping[str, Any], accelerator: Accelerator | None, *, overwrite: bool
+) -> Journal:
+    path = None if folder is None else Path(folder)
+    if accelerator is None:
+        return Journal(path, key, overwrite=overwrite)
+    with accelerator.main_process_first():  # which may remove what the others would read
+        return Journal(path, key, accelerator.process_index, overwrite=overwrite)
+
+
+def _put_together(parts: Sequence[Mapping[str, Any]], norm: str, eps: float, seed: int) -> Report:
+    """The report of what all processes found, in the order of the batches."""
+    outcomes = {index: found for part in parts for index, found in part["outcomes"].items()}
+    if not outcomes:
+        raise ValueError("there is no image to evaluate on; check the data's split and limit")
+    batches = [outcomes[index] for index in sorted(outcomes)]
+    attacks = dict(next(part["attacks"] for part in parts if part["attacks"] or part["outcomes"]))
+    notes = dict.fromkeys(note for part in parts for note in part["notes"])
+    correct = {key: torch.cat([batch[key] for batch in batches]) for key in (CLEAN, *attacks)}
+    stages = {
+        suite: {key: torch.cat([batch["stages"][suite][key] for batch in batches]) for key in parts_}
+        for suite, parts_ in batches[0]["stages"].items()
+    }
+    if all(name in correct for name in OFFICIAL):
+        correct[ENSEMBLE] = torch.stack([correct[name] for name in (CLEAN, *OFFICIAL)]).all(dim=0)
+        attacks[ENSEMBLE] = "right clean and under each of the official attacks"
+    return Report(
+        correct=correct,
+        stages=stages,
+        attacks=attacks,
+        norm=norm,
+        eps=eps,
+        seed=seed,
+        labels=torch.cat([batch["labels"] for batch in batches]),
+        notes=(*notes, *_square_notes(stages)),
+        conditions={
+            "batch_size": max(len(batch["labels"]) for batch in batches),
+            "autoattack_nonstandard": any("non-standard" in note for note in notes),
+            **({"autoattack": implementation_version()} if set(attacks) & set(AUTOATTACK_SUITES) else {}),
+        },
+    )
+
+
+def _square_notes(stages: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """What it means that the black-box attack broke more than gradients did."""
+    notes = []
+    for suite, flags in stages.items():
+        before = None
+        for name, correct in flags.items():
+            if name == "square" and before is not None:
+                share = float((before & ~correct).float().mean())
+                if share > _SQUARE_GAP:
+                    notes.append(
+                        f"in {suite!r}, Square broke {100 * share:.1f} % of the images that the attacks before it "
+                        "missed: suspect masked gradients"
+                    )
+            before = correct
+    return notes
+
+
+def _listed(attacks: Sequence[str | Suite]) -> Sequence[str | Suite]:
+    if isinstance(attacks, str):
+        raise ValueError(f"attacks={attacks!r} is one name where a list belongs; use [{attacks!r}]")
+    return attacks
+
+
+def _check_budget(attacked: Tensor, images: Tensor, norm: str, eps: float, name: str) -> None:
+    """An attack that cheats would make any model look weak, and one that gives NaN any model strong."""
+    if not torch.isfinite(attacked).all():
         raise ValueError(
-            f"the model returned NaN or infinite logits for {kind} images; check its weights and its gradients"
+            f"the attack {name!r} gave NaN or infinite pixels, so the model's gradients are such; check its weights "
+            "and its forward pass for divisions and roots"
         )
-    return logits.argmax(dim=1)
+    delta = (attacked - images).flatten(1)
+    size = {"linf": delta.abs().amax(dim=1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(dim=1)}[norm]
+    inside = attacked.shape == images.shape and bool((size <= eps * (1 + 1e-4) + 1e-6).all())
+    if not (inside and float(attacked.min()) >= 0 and float(attacked.max()) <= 1):
+        raise RuntimeError(
+            f"the attack {name!r} left [0, 1] or the {norm} ball of radius {eps:g} (reached {float(size.max()):g}); "
+            "its result would mean nothing"
+        )
 
 
-def _batches(data: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-        images, labels = data
-        if len(images) != len(labels):
-            raise ValueError(f"{len(images)} images have {len(labels)} labels; give one label per image")
-        data = zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-    for batch in data:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
-            raise ValueError(
-                f"data gives {type(batch).__name__} where (images, labels) belong; give two tensors or an iterable "
-                "of such pairs of tensors"
-            )
-        yield batch[0], batch[1]
+def _versions() -> dict[str, str]:
+    return {"timm_fsr": __version__, "torch": torch.__version__}
 
 
-@torch.no_grad()
-def _check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    check_images(images)
-    channels = getattr(base_model(model), "in_chans", images.shape[1])
-    if images.shape[1] != channels:
-        raise ValueError(f"images have {images.shape[1]} channels but the model takes {channels}; convert the images")
-    with record(model) as tape:
-        logits = model(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
-        raise ValueError(f"the model returned {what} for {len(images)} images; it must return logits (N, classes)")
-    check_images(images, labels, logits.shape[1])
-    if layer_groups(model):
-        tape.check_fired()
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 arithmetic without TF32 and without autocast: half precision would hide weak spots."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def _conditions(model: nn.Module, name: str, data_name: str, device: torch.device) -> dict[str, object]:
+def _conditions(model: nn.Module, name: str, data_name: str, device: torch.device, world: int) -> dict[str, Any]:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    classes = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
     return {
         "model": name or type(model).__name__,
         "data": data_name,
         "precision": "float32",
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "versions": {"timm_fsr": __version__, "timm": timm.__version__, "torch": torch.__version__},
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads, {world} process(es)",
+        "versions": {**_versions(), "timm": timm.__version__},
+        **({"classes": list(classes)} if classes else {}),
     }

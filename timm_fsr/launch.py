@@ -42,6 +42,19 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def join_processes() -> Accelerator | None:
+    """What shares an evaluation over the processes that `accelerate launch` started; None if it started only one.
+
+    Raises:
+        ValueError: the processes do not see each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    _check_processes(accelerator)
+    return accelerator
+
+
 def _check_precision(mixed_precision: str, on_cpu: bool) -> None:
     if mixed_precision == "fp16" and on_cpu:
         raise ValueError("mixed_precision='fp16' does nothing on a CPU; use 'bf16' or 'no'")
@@ -76,7 +89,7 @@ def _check_processes(accelerator: Accelerator) -> None:
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched but Accelerate joined {accelerator.num_processes}, so each would "
-            "train alone; start with `accelerate launch --multi_gpu --num_processes N` (on CPUs too)"
+            "work alone; start with `accelerate launch --multi_gpu --num_processes N` (on CPUs too)"
         )
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
     if asked and accelerator.distributed_type != DistributedType.FSDP:

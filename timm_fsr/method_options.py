@@ -264,7 +264,8 @@ class EvaluationOptions:
 
     Attributes:
         attacks: of the final evaluation on the test images, see `timm_fsr.evaluate`; [] leaves it out.
-        validation_steps: PGD steps of the validation attack.
+        validation_attack: "pgd" or "apgd", which needs no step size and is a little stronger at equal steps.
+        validation_steps: its steps.
         validate_every: epochs between validations; the last epoch is always validated.
         patience: stop after so many validations without a better checkpoint; null trains to the end.
         overfitting_alarm: with a one-step training attack, stop when robust accuracy (PGD) collapses while the
@@ -272,10 +273,16 @@ class EvaluationOptions:
     """
 
     attacks: list[str] = field(default_factory=lambda: ["fgsm", "pgd20"])
+    validation_attack: Literal["pgd", "apgd"] = "pgd"
     validation_steps: int = 10
     validate_every: int = 1
     patience: int | None = None
     overfitting_alarm: bool = True
+
+    @property
+    def validation(self) -> str:
+        """The validation attack's name: "pgd10"."""
+        return f"{self.validation_attack}{self.validation_steps}"
 
     def check(self) -> None:
         """Raise ValueError for a number out of range."""

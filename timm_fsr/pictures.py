@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,8 +55,8 @@ def attack_picture(
     rows = []
     for row in range(len(images)):
         masks = [(m[row] - low) / (high - low) for m in (clean_mask, attacked_mask)]
-        tiles = [_photo(images[row]), _photo(noise[row]), _photo(adversarial[row]), *map(_map, masks)]
-        tiles.append(_map(shift[row] / (2 * largest) + 0.5))
+        tiles = [photo(images[row]), photo(noise[row]), photo(adversarial[row]), *map(heat, masks)]
+        tiles.append(heat(shift[row] / (2 * largest) + 0.5))
         truth, before, after = (int(t[row]) for t in (labels, clean_classes, attacked_classes))
         seen = [(f"seen as {classes[index]}", index == truth) for index in (before, after)]
         captions = [seen[0], ("", True), seen[1]]
@@ -66,6 +68,13 @@ def attack_picture(
         f"difference from {-largest:.2f} (dark) to {largest:+.2f} (bright)"
     )
     return _compose(titles, rows, footer)
+
+
+def embed_png(picture: Image.Image) -> str:
+    """A picture as a data URI, for a page that needs no other file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @torch.no_grad()
@@ -84,16 +93,19 @@ def _bounds(masks: Tensor) -> tuple[float, float]:
     return (low, high) if high - low > 1e-3 else (0.0, 1.0)
 
 
-def _photo(image: Tensor) -> Image.Image:
-    """A (C, H, W) tensor in [0, 1], grey or RGB, as a tile."""
+def photo(image: Tensor, size: int | None = _TILE) -> Image.Image:
+    """A (C, H, W) tensor in [0, 1], grey or RGB, as a square tile of `size` pixels, or in its own size."""
     pixels = (image.clamp(0, 1) * 255).round().byte().cpu().expand(3, -1, -1).permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy()).resize((_TILE, _TILE), Image.Resampling.NEAREST)
+    picture = Image.fromarray(pixels.numpy())
+    return picture if size is None else picture.resize((size, size), Image.Resampling.NEAREST)
 
 
-def _map(values: Tensor) -> Image.Image:
-    """A (h, w) tensor in [0, 1] as a coloured tile."""
-    large = F.interpolate(values.float().cpu()[None, None], size=(_TILE, _TILE), mode="nearest")[0, 0]
-    position = large.clamp(0, 1).numpy() * (len(_RAMP) - 1)
+def heat(values: Tensor, size: int | None = _TILE) -> Image.Image:
+    """A (h, w) tensor in [0, 1] as a coloured square tile of `size` pixels, or in its own size."""
+    values = values.float().cpu()
+    if size is not None:
+        values = F.interpolate(values[None, None], size=(size, size), mode="nearest")[0, 0]
+    position = values.clamp(0, 1).numpy() * (len(_RAMP) - 1)
     below = np.floor(position).astype(int).clip(0, len(_RAMP) - 2)
     share = (position - below)[..., None]
     colours = _RAMP[below] * (1 - share) + _RAMP[below + 1] * share

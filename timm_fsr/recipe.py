@@ -11,7 +11,6 @@ import torch
 from jsonargparse import ArgumentParser
 
 from timm_fsr.data_options import DataOptions
-from timm_fsr.evaluation import build_attack
 from timm_fsr.layers.base import unknown
 from timm_fsr.method_options import (
     AttackOptions,
@@ -22,6 +21,7 @@ from timm_fsr.method_options import (
 )
 from timm_fsr.model_options import ModelOptions
 from timm_fsr.notation import options_parser, read_options, write_options
+from timm_fsr.suites import check_names
 
 __all__ = [
     "AttackOptions",
@@ -108,8 +108,8 @@ class Recipe:
         objective = self.objective.build()
         objective.check_attack(self.attack.build())
         self._check_passes(twice=bool(getattr(objective, "grad_align", 0.0)))
-        for name in [*self.evaluation.attacks, f"pgd{self.evaluation.validation_steps}"]:
-            build_attack(name, self.attack.norm, self.attack.eps)
+        names = [*self.evaluation.attacks, self.evaluation.validation]
+        check_names(names, self.attack.norm, self.attack.eps, sources=False)
         self.model.check()
 
     def _check_passes(self, *, twice: bool) -> None:

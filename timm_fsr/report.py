@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_fsr.calibration import per_class_accuracy
 from timm_fsr.files import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had no stages, labels, calibration, evidence, corruptions and notes; it is still read."""
+
+WORST_CASE = "worst_case"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Report:
-    """Per-image outcomes of an evaluation, and everything that decided them.
+    """Per-image outcomes of an evaluation, and everything that decided them; docs/report.md describes its JSON.
 
     Attributes:
         correct: for "clean" and each attack by name, (N,) bool: was the image classified correctly?
+        stages: for attacks that are several in a row ("autoattack"), by the name of each, (N,) bool: was the image
+            still classified correctly after it? Each stage attacks what those before it left.
         attacks: each attack by name, written out with its parameters.
         norm: of the threat model.
         eps: its radius, in pixels of [0, 1].
         seed: of the random starts.
-        conditions: model, data, its fingerprint, versions, hardware, batch size, precision.
+        labels: (N,) int64 true classes.
+        conditions: model, data, its fingerprint, versions, hardware, batch size, precision, what chose the checkpoint.
+        notes: plain sentences about what a reader has to know, such as an attack that had to be changed.
+        calibration: for "clean", what `timm_fsr.calibration.calibration` gives.
+        evidence: what `timm_fsr.evidence.gather_evidence` gives; {} if it was not asked for.
+        corruptions: accuracy in [0, 1] by corruption and severity; {} if not asked for.
     """
 
     correct: dict[str, Tensor]
@@ -35,7 +46,13 @@ class Report:
     norm: str
     eps: float
     seed: int
+    stages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    labels: Tensor | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    calibration: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    corruptions: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -43,19 +60,41 @@ class Report:
         return {name: _share(outcome) for name, outcome in self.correct.items()}
 
     @property
+    def robust(self) -> Tensor:
+        """(N,) bool: was the image classified correctly clean and under every attack?"""
+        return torch.stack(list(self.correct.values())).all(dim=0)
+
+    @property
     def worst_case(self) -> float:
         """The share of images classified correctly clean and under every attack, in [0, 1]."""
-        return _share(torch.stack(list(self.correct.values())).all(dim=0))
+        return _share(self.robust)
 
     def interval(self, name: str) -> tuple[float, float]:
-        """95 % Wilson score interval of `accuracy[name]` (`"worst_case"` as well), from the number of images."""
-        share = self.worst_case if name == "worst_case" else self.accuracy[name]
-        return wilson_interval(share, self.count)
+        """95 % Clopper-Pearson interval of `accuracy[name]` (`"worst_case"` as well), from the number of images."""
+        flags = self.robust if name == WORST_CASE else self.correct[name]
+        return clopper_pearson(int(flags.sum()), self.count)
 
     @property
     def count(self) -> int:
         """The number of images."""
         return len(self.correct["clean"])
+
+    @property
+    def threat(self) -> str:
+        """The threat model in the field's notation: "Linf 8/255"."""
+        return f"{self.norm.capitalize()} {format_eps(self.eps)}"
+
+    def per_class(self, name: str = WORST_CASE) -> list[float | None]:
+        """Accuracy of each class under one attack, "clean" or all of them; None for a class without images.
+
+        Raises:
+            ValueError: the report has no labels (schema version 1).
+        """
+        if self.labels is None:
+            raise ValueError("this report was written without labels; evaluate the model again")
+        flags = self.robust if name == WORST_CASE else self.correct[name]
+        classes = len(self.conditions.get("classes") or ()) or int(self.labels.max()) + 1
+        return per_class_accuracy(flags, self.labels, classes)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; `from_dict` reads it back."""
@@ -64,32 +103,49 @@ class Report:
             "threat_model": {"norm": self.norm, "eps": self.eps},
             "seed": self.seed,
             "images": self.count,
-            "accuracy": {**self.accuracy, "worst_case": self.worst_case},
+            "accuracy": {**self.accuracy, WORST_CASE: self.worst_case},
+            "interval_95": {name: list(self.interval(name)) for name in (*self.correct, WORST_CASE)},
             "attacks": self.attacks,
+            "notes": list(self.notes),
             "conditions": self.conditions,
-            "correct": {name: "".join("01"[flag] for flag in flags.tolist()) for name, flags in self.correct.items()},
+            "calibration": self.calibration,
+            "evidence": self.evidence,
+            "corruptions": self.corruptions,
+            "labels": None if self.labels is None else self.labels.tolist(),
+            "correct": {name: _to_text(flags) for name, flags in self.correct.items()},
+            "stages": {name: {key: _to_text(f) for key, f in parts.items()} for name, parts in self.stages.items()},
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
-        """Rebuild a report written by `to_dict`.
+        """Rebuild a report written by `to_dict`, also by an older version of it.
 
         Raises:
             ValueError: written by a newer version, or incomplete.
         """
-        if values.get("schema_version") != SCHEMA_VERSION:
+        if values.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
             raise ValueError(
-                f"the report has schema version {values.get('schema_version')!r}, this timm_fsr reads "
+                f"the report has schema version {values.get('schema_version')!r}, this timm_fsr reads 1 to "
                 f"{SCHEMA_VERSION}; update timm_fsr"
             )
         try:
+            labels = values.get("labels")
             return cls(
-                correct={n: torch.tensor([flag == "1" for flag in flags]) for n, flags in values["correct"].items()},
+                correct={name: _from_text(flags) for name, flags in values["correct"].items()},
+                stages={
+                    name: {key: _from_text(flags) for key, flags in parts.items()}
+                    for name, parts in values.get("stages", {}).items()
+                },
                 attacks=dict(values["attacks"]),
                 norm=values["threat_model"]["norm"],
                 eps=values["threat_model"]["eps"],
                 seed=values["seed"],
+                labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
                 conditions=dict(values["conditions"]),
+                notes=tuple(values.get("notes", ())),
+                calibration=dict(values.get("calibration", {})),
+                evidence=dict(values.get("evidence", {})),
+                corruptions=dict(values.get("corruptions", {})),
             )
         except KeyError as error:
             raise ValueError(f"the report lacks the key {error}; evaluate the model again") from error
@@ -121,15 +177,6 @@ class Report:
         parts = [f"{name} {100 * value:.2f} %" for name, value in self.accuracy.items()]
         return f"{', '.join(parts)}, worst case {100 * self.worst_case:.2f} % ({self.threat}, {self.count} images)"
 
-    @property
-    def threat(self) -> str:
-        """The threat model in the field's notation: "Linf 8/255"."""
-        return f"{self.norm.capitalize()} {format_eps(self.eps)}"
-
-
-def _share(outcome: Tensor) -> float:
-    return int(outcome.sum()) / len(outcome)  # exact, as a mean in float32 is not
-
 
 def format_eps(eps: float) -> str:
     """`eps` as a fraction of 255 where it is one ("8/255"), else as a decimal."""
@@ -137,10 +184,41 @@ def format_eps(eps: float) -> str:
     return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 and scaled >= 0.5 else f"{eps:g}"
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson, 1927) seen in `count` independent trials, within [0, 1]."""
-    z = 1.959964
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion seen in `count` independent trials (Clopper and Pearson, 1934), within [0, 1].
+
+    Exact in that it covers the true proportion at least 95 times of 100, whatever that is.
+    """
+    tail = 0.025
+    low = 0.0 if successes == 0 else _root(lambda p: 1 - _at_most(successes - 1, count, p) - tail)
+    high = 1.0 if successes == count else _root(lambda p: tail - _at_most(successes, count, p))
+    return low, high
+
+
+def _at_most(successes: int, count: int, probability: float) -> float:
+    """The probability of at most so many successes in `count` trials."""
+    k = torch.arange(successes + 1, dtype=torch.float64)
+    ways = math.lgamma(count + 1) - torch.lgamma(k + 1) - torch.lgamma(count - k + 1)
+    logs = ways + k * math.log(probability) + (count - k) * math.log1p(-probability)
+    return float(logs.logsumexp(dim=0).exp())
+
+
+def _root(rising: Any) -> float:
+    """Where a rising function of a probability crosses zero, by bisection to the last bits."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
+    return (low + high) / 2
+
+
+def _share(outcome: Tensor) -> float:
+    return int(outcome.sum()) / len(outcome)  # exact, as a mean in float32 is not
+
+
+def _to_text(flags: Tensor) -> str:
+    return "".join("01"[flag] for flag in flags.tolist())
+
+
+def _from_text(text: Iterable[str]) -> Tensor:
+    return torch.tensor([flag == "1" for flag in text], dtype=torch.bool)

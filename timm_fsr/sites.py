@@ -48,8 +48,12 @@ class Site:
         # A recomputation (gradient checkpointing) must do what its pass did, though the tape is gone by then.
         wanted = self.layer.wants_aux if recomputing else tape is not None
         self.layer.wants_aux = self.layer.training or wanted
+        if self.group.surrogate == "bypass":
+            return output
         feature = self.layout.to_nchw(output, self.group.image_size)
         new, aux = self.layer(feature, self.labels)
+        if self.group.surrogate == "identity":  # its value, and the gradient of doing nothing
+            new = feature + (new - feature).detach()
         if tape is not None and not recomputing:
             tape.write(self, aux)
         return self.layout.from_nchw(new, output)
@@ -64,6 +68,7 @@ class LayerGroup(nn.ModuleDict):
         tape: who is recording, if anybody.
         image_size: (height, width) of the current input, kept only for models with token sequences.
         base_architecture: what the model was called before.
+        surrogate: "bypass" or "identity" while an attack works around the layers; see `timm_fsr.surrogates`.
     """
 
     sites: list[Site]
@@ -71,6 +76,7 @@ class LayerGroup(nn.ModuleDict):
     tape: Tape | None = None
     image_size: Size | None = None
     base_architecture: str | None = None
+    surrogate: str | None = None
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give every layer's auxiliary classifier `num_classes` classes."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from timm_fsr.attacks import is_one_step
-from timm_fsr.evaluation import BATCH_SIZE, evaluate
+from timm_fsr.evaluation import evaluate
+from timm_fsr.inference import BATCH_SIZE
 from timm_fsr.state import Run
 
 ONE_STEP = "fgsm"
@@ -21,7 +22,7 @@ def validate(run: Run) -> dict[str, float]:
         "held_out.clean_accuracy", "held_out.robust_accuracy" and perhaps "held_out.one_step_accuracy", in [0, 1].
     """
     accelerator, recipe = run.accelerator, run.recipe
-    attacks = {"robust": f"pgd{recipe.evaluation.validation_steps}"}
+    attacks = {"robust": recipe.evaluation.validation}
     if is_one_step(run.attack) and recipe.evaluation.overfitting_alarm:
         attacks["one_step"] = ONE_STEP
     mine = torch.arange(accelerator.process_index, len(run.held_out), accelerator.num_processes)

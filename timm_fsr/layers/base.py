@@ -22,12 +22,17 @@ class FeatureLayer(nn.Module):
     Attributes:
         name: registry name; the key prefix of the weights and of the loss terms.
         default_at: the place its paper puts it, as the `at` of `timm_fsr.attach`.
+        surrogates: names of the stand-ins for its gradients that the layer knows; an adaptive attack selects each of
+            them in turn. "bypass" and "identity" are the sites' own and work for every layer.
+        surrogate: the one that is selected by `timm_fsr.surrogates.surrogate`; None is the layer itself.
         wants_aux: set by the site before each forward pass: whether anybody will look at the auxiliary
             outputs. A layer skips what only they need when it is False.
     """
 
     name: ClassVar[str]
     default_at: ClassVar[tuple[int | str, ...]] = (-1,)
+    surrogates: ClassVar[tuple[str, ...]] = ()
+    surrogate: str | None = None
     wants_aux: bool = True
 
     def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Aux]:

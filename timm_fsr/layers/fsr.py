@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
 
+_WIDE = 10.0
+"""Factor on tau of the surrogate "wide_tau"."""
+
 
 @register_layer
 class FSR(FeatureLayer):
@@ -23,7 +26,10 @@ class FSR(FeatureLayer):
         f~  = f- + (1 - m) * R(f-)          recalibrated part
         out = f+ + f~
 
-    The mask is noisy exactly when `self.training` (and `noise`), else it is sigmoid(S(f) / tau). One linear head
+    The mask is noisy exactly when `self.training` (and `noise`), else it is sigmoid(S(f) / tau). A mask near 0 or 1 has
+    almost no gradient, so attacks may select a surrogate: "wide_tau", "straight_through" and "detached_mask" change
+    the mask's gradient alone (that of a ten times larger tau, of the mask's logits, or none); "robust_part" gives out
+    f+, the paper's "deactivation", for attacks that are then transferred. One linear head
     on the pooled f+, f- and f~ gives the auxiliary logits of the losses. The mask, its logits and the auxiliary
     logits are float32 also under autocast.
 
@@ -43,6 +49,7 @@ class FSR(FeatureLayer):
     """
 
     name: ClassVar[str] = "fsr"
+    surrogates: ClassVar[tuple[str, ...]] = ("wide_tau", "straight_through", "detached_mask", "robust_part")
 
     def __init__(
         self,
@@ -94,7 +101,7 @@ class FSR(FeatureLayer):
         mask_logits = self.separation(self.norm(feature)).float()
         if self.training and self.noise:
             mask_logits = mask_logits + logistic_noise(mask_logits)
-        mask = torch.sigmoid(mask_logits / self.tau)
+        mask = self._mask(mask_logits)
         keep = mask.to(feature.dtype)
         robust = keep * feature
         nonrobust = feature - robust
@@ -106,7 +113,7 @@ class FSR(FeatureLayer):
                 aux["robust_logits"] = self._classify(robust)
                 aux["nonrobust_logits"] = self._classify(nonrobust)
                 aux["recalibrated_logits"] = self._classify(recalibrated)
-        return robust + recalibrated, aux
+        return robust if self.surrogate == "robust_part" else robust + recalibrated, aux
 
     def aux_losses(self, aux: Aux, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Separation loss (paper, equation 4) and recalibration loss (equation 6), weighted, means over the batch.
@@ -131,9 +138,23 @@ class FSR(FeatureLayer):
             "recalibration": self.recalibration_weight * recalibration,
         }
 
+    def _mask(self, logits: Tensor) -> Tensor:
+        """The mask of `logits`, with the gradient of the selected surrogate."""
+        mask = torch.sigmoid(logits / self.tau)
+        if self.surrogate == "wide_tau":
+            return _with_gradient_of(torch.sigmoid(logits / (_WIDE * self.tau)), mask)
+        if self.surrogate == "straight_through":
+            return _with_gradient_of(logits, mask)
+        return mask.detach() if self.surrogate == "detached_mask" else mask
+
     def _classify(self, feature: Tensor) -> Tensor:
         assert self.head is not None
         return self.head(feature.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
+
+
+def _with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
+    """`value` going forward, `surrogate` going backward."""
+    return surrogate + (value - surrogate).detach()
 
 
 def logistic_noise(like: Tensor) -> Tensor:

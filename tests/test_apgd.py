@@ -1,0 +1,207 @@
+"""Auto-PGD against its reference implementation, and its manners."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import timm_fsr
+from timm_fsr.apgd import APGD
+from timm_fsr.attacks import PGD, attack_mode
+from timm_fsr.margins import cross_entropy, dlr, margin
+
+EPS = {"linf": 0.06, "l2": 0.9}
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A small network, trained by one-step attacks until about half of the images withstand stronger ones."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(144, 10))
+    images, labels = next(timm_fsr.load_data("fashion_mnist", "train", limit=2000).batches(2000))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(200):
+        chosen = torch.randint(len(images), (100,), generator=torch.Generator().manual_seed(step))
+        given, truth = images[chosen], labels[chosen]
+        noisy = (given + torch.empty_like(given).uniform_(-0.05, 0.05)).clamp(0, 1).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(noisy), truth), noisy)
+        attacked = (given + (noisy.detach() - given + 0.06 * gradient.sign()).clamp(-0.06, 0.06)).clamp(0, 1)
+        loss = F.cross_entropy(model(attacked), truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def batch(trained) -> tuple[Tensor, Tensor]:
+    """150 test images that the network is right about."""
+    images, labels = next(timm_fsr.load_data("fashion_mnist", "test", limit=300).batches(300))
+    with torch.no_grad():
+        right = trained(images).argmax(1) == labels
+    assert int(right.sum()) >= 150
+    return images[right][:150], labels[right][:150]
+
+
+def robust(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images).argmax(1) == labels
+
+
+class Slope(nn.Module):
+    """The loss is the mean pixel, or a hill over it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+
+GREY = torch.full((2, 1, 4, 4), 0.5)
+
+
+class TestStrength:
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    @pytest.mark.parametrize("loss", [cross_entropy, dlr], ids=["ce", "dlr"])
+    def test_as_strong_as_the_reference(self, trained, batch, norm, loss):
+        """The random starts differ, so single images do; of 150 no more than 1 in 25 net."""
+        pytest.importorskip("pyautoattack")
+        from pyautoattack.autopgd_base import APGDAttack
+
+        images, labels = batch
+        name = {"linf": "Linf", "l2": "L2"}[norm]
+        kind = "ce" if loss is cross_entropy else "dlr"
+        with attack_mode(trained), torch.random.fork_rng(), torch.no_grad():
+            reference = APGDAttack(trained, n_iter=50, norm=name, eps=EPS[norm], loss=kind, seed=0, device="cpu")
+            theirs = robust(trained, reference.perturb(images, labels), labels)
+            generator = torch.Generator().manual_seed(1)
+            attack = APGD(norm=norm, eps=EPS[norm], steps=50)
+            ours = robust(trained, attack(lambda x: loss(trained(x), labels), images, generator=generator), labels)
+        assert 15 <= int(theirs.sum()) <= 135, "the comparison says nothing if all or none withstand"
+        assert abs(int(ours.sum()) - int(theirs.sum())) <= 6
+
+    def test_no_weaker_than_pgd(self, trained, batch):
+        images, labels = batch
+        with attack_mode(trained):
+            found = [
+                attack(lambda x: cross_entropy(trained(x), labels), images, generator=torch.Generator().manual_seed(0))
+                for attack in (APGD(eps=0.06, steps=20), PGD(eps=0.06, steps=20))
+            ]
+        apgd, pgd = (int(robust(trained, images, labels).sum()) for images in found)
+        assert apgd <= pgd + 3
+
+
+class TestSteps:
+    def test_it_climbs_to_the_corner(self):
+        attack = APGD(eps=0.1, steps=10)
+        torch.testing.assert_close(attack(Slope(), GREY), torch.full_like(GREY, 0.6))
+
+    def test_the_step_is_halved_until_a_narrow_peak_is_found(self):
+        """PGD's constant step jumps over it for ever."""
+
+        def peak(images: Tensor) -> Tensor:
+            return -(images - 0.513).abs().mean(dim=(1, 2, 3))
+
+        found = APGD(eps=0.1, steps=100)(peak, GREY, generator=torch.Generator().manual_seed(0))
+        stuck = PGD(eps=0.1, steps=100, step_size=0.1)(peak, GREY, generator=torch.Generator().manual_seed(0))
+        assert (found - 0.513).abs().mean() < 0.004
+        assert (found - 0.513).abs().mean() < (stuck - 0.513).abs().mean() / 3
+
+    def test_the_best_iterate_is_kept(self):
+        """A loss that is high only where the walk has been once."""
+        seen: list[Tensor] = []
+
+        def loss(images: Tensor) -> Tensor:
+            seen.append(images.detach())
+            bonus = 100.0 if len(seen) == 3 else 0.0
+            return images.mean(dim=(1, 2, 3)) + bonus
+
+        found = APGD(eps=0.1, steps=6)(loss, GREY)
+        assert torch.equal(found, seen[2])
+
+    def test_restarts_keep_the_best_of_each_image(self):
+        calls: list[Tensor] = []
+
+        def loss(images: Tensor) -> Tensor:
+            calls.append(images.detach())
+            lucky = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[(len(calls) - 1) // 3]
+            return images.mean(dim=(1, 2, 3)) * 1e-3 + lucky
+
+        found = APGD(eps=0.1, steps=2, restarts=2)(loss, GREY, generator=torch.Generator().manual_seed(0))
+        assert any(torch.equal(found[0], point[0]) for point in calls[:3])
+        assert any(torch.equal(found[1], point[1]) for point in calls[3:])
+
+
+class TestJudge:
+    def test_the_judge_chooses_and_the_loss_only_steers(self):
+        """Steered to brighter images, judged by darkness: the start, which is the darkest seen, is kept."""
+        seen: list[Tensor] = []
+
+        def dark(images: Tensor) -> Tensor:
+            assert not torch.is_grad_enabled()
+            seen.append(images)
+            return -images.mean(dim=(1, 2, 3))
+
+        found = APGD(eps=0.1, steps=5)(lambda x: x.sum(), GREY, judge=dark)
+        values = torch.stack([image.mean(dim=(1, 2, 3)) for image in seen])
+        torch.testing.assert_close(found.mean(dim=(1, 2, 3)), values.min(dim=0).values)
+
+    def test_shapes_are_checked(self):
+        with pytest.raises(ValueError, match="judge returned shape"):
+            APGD(steps=1)(Slope(), GREY, judge=lambda x: x.mean())
+        with pytest.raises(ValueError, match=r"return one loss per image \(N,\)"):
+            APGD(steps=1)(lambda x: x.mean(), GREY)
+        with pytest.raises(ValueError, match="does not depend on the images"):
+            APGD(steps=1)(lambda x: torch.zeros(2), GREY)
+
+
+class TestManners:
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_the_ball_and_the_pixels(self, norm):
+        images = torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+        found = APGD(norm=norm, eps=0.3, steps=7)(lambda x: x.square().sum(dim=(1, 2, 3)), images)
+        delta = (found - images).flatten(1)
+        size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+        assert float(size.max()) <= 0.3 * (1 + 1e-5)
+        assert 0 <= float(found.min()) <= float(found.max()) <= 1
+
+    def test_the_generator_decides_alone(self):
+        attack = APGD(norm="l2", eps=0.1, steps=1)
+        runs = [
+            attack(lambda x: (9 * x).sin().mean(dim=(1, 2, 3)), GREY, generator=torch.Generator().manual_seed(seed))
+            for seed in (0, 0, 1)
+        ]
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2])
+
+    def test_inside_no_grad_and_without_parameter_gradients(self):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        with torch.no_grad():
+            APGD(steps=2)(lambda x: margin(model(x), torch.tensor([0, 1])), GREY)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_eps_0_gives_the_images_and_with_eps_another_ball(self):
+        assert torch.equal(APGD(eps=0)(Slope(), GREY), GREY)
+        assert APGD(eps=0.1, steps=7).with_eps(0.2) == APGD(eps=0.2, steps=7)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"norm": "l1"}, "norm='l1' is unknown"),
+            ({"eps": -0.1}, "must be 0 or more"),
+            ({"eps": math.nan}, "must be 0 or more"),
+            ({"steps": 0}, "must be at least 1"),
+            ({"restarts": 0}, "must be at least 1"),
+            ({"rho": 1.5}, r"rho=1.5 must lie in \[0, 1\]"),
+        ],
+    )
+    def test_bad_numbers(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            APGD(**arguments)
+
+    def test_images_out_of_range(self):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            APGD()(Slope(), GREY * 3)

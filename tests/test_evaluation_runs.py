@@ -1,0 +1,189 @@
+"""Evaluations that are killed, shared over processes, or tried again: per-image results stay the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from tiny import images, tiny_resnet, with_fsr
+from torch import Tensor, nn
+
+import timm_fsr.evaluation
+from timm_fsr.evaluation import evaluate, rescore
+from timm_fsr.hub import save_pretrained
+from timm_fsr.launch import join_processes
+from timm_fsr.report import Report
+from timm_fsr.stages import Stage, Suite
+
+ATTACKS = ["fgsm", "pgd3", "apgd-ce"]
+
+
+def network() -> nn.Module:
+    return with_fsr(tiny_resnet()).eval()
+
+
+def batches(count: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Of each batch the untrained network is right about five images and wrong about one."""
+    given = images(6)
+    with torch.no_grad():
+        truth = network()(given).argmax(1)
+    truth[0] = (truth[0] + 1) % 10
+    return [(given.roll(index, dims=0), truth.roll(index)) for index in range(count)]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return network()
+
+
+def outcomes(report: Report) -> dict[str, object]:
+    values = report.to_dict()
+    return {key: values[key] for key in ("correct", "stages", "labels", "attacks", "accuracy")}
+
+
+class Killed(BaseException):
+    """What no handler of errors catches, as SIGKILL."""
+
+
+class Dying:
+    """Notes each call, and kills the process at a given one."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def __call__(self, model: nn.Module, given: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise Killed
+        noise = torch.rand(given.shape, generator=generator) - 0.5
+        return (given + 0.1 * noise).clamp(given - 0.03, given + 0.03).clamp(0, 1)
+
+
+def chain(run: Dying) -> Suite:
+    return Suite("chain", tuple(Stage(name, "noise", run) for name in ("one", "two", "three")))
+
+
+class TestResume:
+    @pytest.mark.parametrize("at", [1, 2, 5, 9])
+    def test_a_killed_evaluation_goes_on_and_repeats_nothing(self, model, tmp_path, at):
+        whole = Dying(at=0)
+        expected = evaluate(model, batches(3), attacks=[chain(whole), "fgsm"])
+        first = Dying(at)
+        with pytest.raises(Killed):
+            evaluate(model, batches(3), attacks=[chain(first), "fgsm"], folder=tmp_path)
+        second = Dying(at=0)
+        found = evaluate(model, batches(3), attacks=[chain(second), "fgsm"], folder=tmp_path)
+        assert outcomes(found) == outcomes(expected)
+        assert second.calls == whole.calls - (at - 1), "something was attacked twice"
+
+    def test_a_finished_one_is_not_repeated_and_may_get_more_attacks(self, model, tmp_path):
+        counted = Dying(at=0)
+        evaluate(model, batches(2), attacks=[chain(counted)], folder=tmp_path)
+        calls = counted.calls
+        more = evaluate(model, batches(2), attacks=["fgsm", chain(counted)], folder=tmp_path)
+        assert counted.calls == calls
+        assert list(more.correct) == ["clean", "fgsm", "chain"]
+
+    def test_other_images_are_attacked_anew(self, model, tmp_path):
+        counted = Dying(at=0)
+        evaluate(model, batches(1), attacks=[chain(counted)], folder=tmp_path)
+        calls = counted.calls
+        other = [(given.flip(3), truth) for given, truth in batches(1)]
+        found = evaluate(model, other, attacks=[chain(counted)], folder=tmp_path)
+        assert counted.calls > calls
+        assert outcomes(found) == outcomes(evaluate(model, other, attacks=[chain(counted)]))
+
+    def test_another_model_is_refused(self, model, tmp_path):
+        evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path)
+        with pytest.raises(ValueError, match="holds the outcomes of another evaluation: its model is"):
+            evaluate(tiny_resnet(), batches(1), attacks=["fgsm"], folder=tmp_path)
+        with pytest.raises(ValueError, match="its eps is"):
+            evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path, eps=0.5)
+        evaluate(tiny_resnet(), batches(1), attacks=["fgsm"], folder=tmp_path, overwrite=True)
+
+    def test_sigkill_to_the_command(self, model, tmp_path):
+        """As a user would: killed at any moment, the same command gives what an uninterrupted one gives."""
+        save_pretrained(with_fsr(tiny_resnet(in_chans=1)), tmp_path / "model")
+        command = [sys.executable, "-m", "timm_fsr", "evaluate", str(tmp_path / "model"), "--limit=600"]
+        command += ["--attacks", "fgsm", "pgd30", "--output"]
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        journal = tmp_path / "killed" / "outcomes" / "0.jsonl"
+        started = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (journal.is_file() and journal.read_text().count("\n") >= 3):
+            assert started.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+        assert not (tmp_path / "killed" / "report.json").exists()
+        before = journal.read_text().splitlines()
+        for name in ("killed", "whole"):
+            subprocess.run([*command, str(tmp_path / name)], env=environment, check=True, capture_output=True)
+        reports = [Report.load(tmp_path / name / "report.json") for name in ("killed", "whole")]
+        assert outcomes(reports[0]) == outcomes(reports[1])
+        after = journal.read_text().splitlines()
+        assert len(after) == 1 + 3 * 3, "a finished batch was repeated"
+        assert after[: len(before) - 1] == before[:-1]
+
+
+def _evaluate_shared(folder: str) -> None:
+    """What each process of the test below does."""
+    torch.set_num_threads(1)
+    os.environ["WORLD_SIZE"] = "2"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = join_processes()
+    assert accelerator is not None
+    report = evaluate(network(), batches(), attacks=ATTACKS, folder=folder, accelerator=accelerator)
+    report.save(Path(folder) / f"rank{accelerator.process_index}.json")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_processes_give_the_results_of_one(model, tmp_path):
+    pytest.importorskip("pyautoattack")
+    expected = evaluate(model, batches(), attacks=ATTACKS)
+    debug_launcher(_evaluate_shared, args=(str(tmp_path),), num_processes=2)
+    for rank in range(2):
+        assert outcomes(Report.load(tmp_path / f"rank{rank}.json")) == outcomes(expected), f"on process {rank}"
+    lines = [(tmp_path / "outcomes" / f"{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    assert [len(own) - 1 for own in lines] == [3 * 4, 2 * 4], "the batches were not shared"
+    alone = evaluate(model, batches(), attacks=ATTACKS, folder=tmp_path)  # goes on with what two have begun
+    assert outcomes(alone) == outcomes(expected)
+
+
+class TestRescore:
+    def test_saved_images_give_the_same_outcomes_again(self, model, tmp_path):
+        report = evaluate(model, batches(2), attacks=["fgsm", "pgd3"], folder=tmp_path, save_images=True)
+        found = rescore(model, tmp_path)
+        assert {name: flags.tolist() for name, flags in found.items()} == {
+            name: report.correct[name].tolist() for name in ("fgsm", "pgd3")
+        }
+
+    def test_of_a_chain_the_last_state_is_kept_also_after_a_kill(self, model, tmp_path):
+        whole = evaluate(model, batches(1), attacks=[chain(Dying(0))], folder=tmp_path / "whole", save_images=True)
+        with pytest.raises(Killed):
+            evaluate(model, batches(1), attacks=[chain(Dying(3))], folder=tmp_path / "cut", save_images=True)
+        evaluate(model, batches(1), attacks=[chain(Dying(0))], folder=tmp_path / "cut", save_images=True)
+        for folder in ("whole", "cut"):
+            right = rescore(model, tmp_path / folder)["chain"]
+            assert right[whole.correct["clean"]].tolist() == whole.correct["chain"][whole.correct["clean"]].tolist()
+
+    def test_on_another_model_it_is_a_transfer(self, model, tmp_path):
+        evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path, save_images=True)
+        other = tiny_resnet().eval()
+        stored = timm_fsr.evaluation.attacked_batches(tmp_path, "fgsm")
+        expected = [other(given).argmax(1) == truth for given, truth in stored]
+        assert torch.equal(rescore(other, tmp_path)["fgsm"], torch.cat(expected))
+
+    def test_images_that_do_not_fit(self, model, tmp_path):
+        evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path, save_images=True)
+        with pytest.raises(ValueError, match="images have 3 channels but the model takes 1"):
+            rescore(tiny_resnet(in_chans=1), tmp_path)

@@ -1,0 +1,132 @@
+"""The journal of an evaluation: what was noted is found again, also after a kill in the middle of a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import images, labels, tiny_resnet, with_fsr
+from torch import nn
+
+from timm_fsr.outcomes import (
+    Journal,
+    attacked_batches,
+    attacked_suites,
+    batch_key,
+    load_attacked,
+    model_digest,
+    save_attacked,
+    suite_key,
+)
+from timm_fsr.pixels import as_pixel_model
+from timm_fsr.stages import Stage, Suite
+
+KEY = {"model": "abc", "eps": 8 / 255}
+FLAGS = torch.tensor([True, False, True])
+
+
+class TestJournal:
+    def test_what_was_put_is_found_by_the_next(self, tmp_path):
+        journal = Journal(tmp_path, KEY)
+        assert journal.get("0", "fgsm", "fgsm") is None
+        journal.put(FLAGS, "0", "fgsm", "fgsm")
+        for found in (journal, Journal(tmp_path, KEY)):
+            assert torch.equal(found.get("0", "fgsm", "fgsm"), FLAGS)
+            assert found.get("1", "fgsm", "fgsm") is None
+
+    def test_a_line_cut_off_counts_for_nothing(self, tmp_path):
+        journal = Journal(tmp_path, KEY)
+        journal.put(FLAGS, "0", "a", "a")
+        journal.put(~FLAGS, "1", "a", "a")
+        path = tmp_path / "outcomes" / "0.jsonl"
+        whole = path.read_bytes()
+        second = whole.index(b"\n", whole.index(b"\n") + 1) + 1
+        for end in range(second, len(whole)):  # every place where a kill may have cut the last line
+            path.write_bytes(whole[:end])
+            again = Journal(tmp_path, KEY)
+            assert torch.equal(again.get("0", "a", "a"), FLAGS)
+            assert again.get("1", "a", "a") is None
+            again.put(FLAGS, "1", "a", "a")
+            assert torch.equal(Journal(tmp_path, KEY).get("1", "a", "a"), FLAGS)
+
+    def test_processes_read_each_others_lines(self, tmp_path):
+        Journal(tmp_path, KEY, rank=1).put(FLAGS, "1", "a", "a")
+        found = Journal(tmp_path, KEY, rank=0)
+        found.put(~FLAGS, "0", "a", "a")
+        assert torch.equal(Journal(tmp_path, KEY, rank=5).get("1", "a", "a"), FLAGS)
+        assert len(Journal(tmp_path, KEY, rank=1)) == 2
+
+    def test_another_evaluation_is_refused_or_replaced(self, tmp_path):
+        Journal(tmp_path, KEY).put(FLAGS, "0", "a", "a")
+        other = {**KEY, "model": "xyz"}
+        with pytest.raises(ValueError, match=r"another evaluation: its model is 'abc', this one's 'xyz'.*--overwrite"):
+            Journal(tmp_path, other)
+        assert len(Journal(tmp_path, KEY)) == 1
+        assert len(Journal(tmp_path, other, overwrite=True)) == 0
+        assert len(Journal(tmp_path, other)) == 0
+
+    def test_the_same_evaluation_is_kept_by_overwrite(self, tmp_path):
+        Journal(tmp_path, KEY).put(FLAGS, "0", "a", "a")
+        assert len(Journal(tmp_path, KEY, overwrite=True)) == 1
+
+    def test_without_a_folder_nothing_is_written(self):
+        journal = Journal(None, KEY)
+        journal.put(FLAGS, "0", "a", "a")
+        assert torch.equal(journal.get("0", "a", "a"), FLAGS)
+
+
+class TestKeys:
+    def test_a_batch_is_known_by_its_images_and_labels(self):
+        key = batch_key(0, images(), labels())
+        assert batch_key(0, images().clone(), labels()) == key
+        changed = images()
+        changed[0, 0, 0, 0] += 1e-6
+        others = [
+            batch_key(1, images(), labels()),
+            batch_key(0, changed, labels()),
+            batch_key(0, images(), labels() + 1),
+        ]
+        assert len({key, *others}) == 4
+
+    def test_a_suite_is_known_by_its_parameters(self):
+        suites = [Suite("pgd", (Stage("pgd", detail, lambda *_: images()),)) for detail in ("eps 1", "eps 2")]
+        assert suite_key(suites[0], suites[0].stages[0]) != suite_key(suites[1], suites[1].stages[0])
+
+    def test_a_model_is_known_by_weights_arguments_and_normalisation(self):
+        def digest(model: nn.Module) -> str:
+            return model_digest(as_pixel_model(model))
+
+        model = with_fsr(tiny_resnet())
+        before = digest(model)
+        assert digest(with_fsr(tiny_resnet())) == before
+        seen = {before, digest(with_fsr(tiny_resnet(), tau=0.2)), digest(tiny_resnet())}
+        with torch.no_grad():
+            model.bn1.running_mean[0] += 1e-6
+        seen.add(digest(model))
+        normalised = with_fsr(tiny_resnet())
+        normalised.pretrained_cfg["mean"] = (0.5, 0.5, 0.5)
+        seen.add(digest(normalised))
+        assert len(seen) == 5
+
+
+class TestAttackedImages:
+    def test_round_trip_in_order(self, tmp_path):
+        for index in (1, 0):
+            save_attacked(tmp_path, "transfer from a/b", index, images() * (index + 1) / 2, labels())
+        (suite,) = attacked_suites(tmp_path)
+        batches = list(attacked_batches(tmp_path, suite))
+        assert torch.equal(batches[0][0], images() / 2)
+        assert torch.equal(batches[1][0], images())
+        assert torch.equal(load_attacked(tmp_path, "transfer from a/b", 1), images())
+        assert load_attacked(tmp_path, "transfer from a/b", 2) is None
+
+    def test_none_were_kept(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="--save-images"):
+            attacked_suites(tmp_path)
+
+    def test_a_damaged_file(self, tmp_path: Path):
+        save_attacked(tmp_path, "fgsm", 0, images(), labels())
+        (tmp_path / "attacked" / "fgsm" / "000000.safetensors").write_bytes(b"x" * 50)
+        with pytest.raises(ValueError, match="is damaged"):
+            next(attacked_batches(tmp_path, "fgsm"))

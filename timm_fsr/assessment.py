@@ -1,0 +1,175 @@
+"""Assessment: everything that is to be known about a model's robustness, in one folder, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from timm_fsr.attacks import PGD
+from timm_fsr.calibration import calibration
+from timm_fsr.corruptions import corruption_accuracy
+from timm_fsr.data import ImageData
+from timm_fsr.evaluation import Standing, evaluate
+from timm_fsr.evidence import gather_evidence
+from timm_fsr.examples import draw_examples
+from timm_fsr.files import write_text
+from timm_fsr.hub import base_model
+from timm_fsr.inference import BATCH_SIZE, clean_logits
+from timm_fsr.page import Entry, render_page
+from timm_fsr.report import Report
+
+REPORT, EXAMPLES, PAGE = "report.json", "examples.json", "report.html"
+_EXAMPLE_IMAGES = 200  # among which the examples are chosen
+_TRAINING = ("training_data", "checkpoint_rule", "checkpoint_epoch", "training", "training_seed")
+
+Announce = Callable[[str], None]
+
+
+def assess(
+    model: nn.Module,
+    data: ImageData,
+    folder: str | Path,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    attacks: Sequence[str] = ("fgsm", "pgd20"),
+    seed: int = 0,
+    name: str = "",
+    transfer_from: Mapping[str, nn.Module] | None = None,
+    evidence_images: int = 0,
+    corruption_images: int = 0,
+    trained: Report | None = None,
+    overwrite: bool = False,
+    save_images: bool = False,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[Standing], None] | None = None,
+    announce: Announce | None = None,
+) -> Report:
+    """Evaluate a model and write `report.json`, `examples.json` and `report.html` into a folder.
+
+    Args:
+        model: a timm model or a pixel-space model.
+        data: the images to evaluate on.
+        folder: of the results; the same evaluation, started again, goes on there.
+        norm: see `timm_fsr.evaluate`, as are eps, attacks, seed, name, transfer_from, overwrite, save_images,
+            accelerator and progress.
+        eps: radius, in pixels of [0, 1].
+        attacks: by name.
+        seed: of everything random.
+        name: of the model.
+        transfer_from: other models by name.
+        evidence_images: so many images, balanced, are used for the evidence of honest gradients; 0 leaves it out.
+        corruption_images: so many images, balanced, are corrupted in 15 ways and 5 severities; 0 leaves it out.
+        trained: the report that training has left beside the model; what chose the checkpoint is taken from it.
+        overwrite: replace what the folder holds of another evaluation.
+        save_images: keep the attacked images in the folder.
+        accelerator: shares the attacks over its processes; the first one does the rest.
+        progress: called after each attack on a batch.
+        announce: called with the name of each later part before it begins.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError, ModuleNotFoundError, RuntimeError: see `timm_fsr.evaluate`.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    say = announce or (lambda _: None)
+    report = evaluate(
+        model,
+        data.batches(BATCH_SIZE),
+        norm=norm,
+        eps=eps,
+        attacks=attacks,
+        seed=seed,
+        name=name,
+        data_name=data.name,
+        transfer_from=transfer_from,
+        folder=folder,
+        overwrite=overwrite,
+        save_images=save_images,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    if accelerator is not None and not accelerator.is_main_process:
+        return report
+    report.conditions.update({"data_fingerprint": data.fingerprint, "classes": list(data.classes)})
+    report.conditions.update(
+        {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
+    )
+    say("calibration")
+    report = dataclasses.replace(
+        report, calibration={"clean": calibration(*clean_logits(model, data.batches(BATCH_SIZE)))}
+    )
+    report.save(folder / REPORT)
+    if evidence_images and norm != "l1":
+        images, labels = _some(model, data, evidence_images)
+        evidence = gather_evidence(model, images, labels, norm=norm, eps=eps, seed=seed, announce=say)
+        report = dataclasses.replace(report, evidence=evidence)
+        report.save(folder / REPORT)
+    if corruption_images:
+        say("corruptions")
+        found = corruption_accuracy(model, _some(model, data, corruption_images), seed=seed)
+        corruptions = {kind: {str(level): share for level, share in found[kind].items()} for kind in found}
+        report = dataclasses.replace(report, corruptions=corruptions)
+        report.save(folder / REPORT)
+    say("examples")
+    examples: dict[str, Any] = {}
+    if norm != "l1":
+        images, labels = _some(model, data, _EXAMPLE_IMAGES)
+        examples = draw_examples(model, images, labels, data.classes, PGD(norm=norm, eps=eps, steps=20), seed=seed)
+    write_text(folder / EXAMPLES, json.dumps(examples) + "\n")
+    write_text(folder / PAGE, render_page([Entry(name or "model", report, examples)]))
+    return report
+
+
+def load_entry(path: str | Path) -> Entry:
+    """A report and its examples, from the folder of an assessment or from a report's own path.
+
+    Raises:
+        FileNotFoundError: there is no report.
+        ValueError: it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / REPORT).is_file():
+        raise FileNotFoundError(f"{path} holds no {REPORT}; give the --output folder of an evaluation")
+    path = path / REPORT if path.is_dir() else path
+    report = Report.load(path)
+    beside = path.parent / EXAMPLES
+    examples = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return Entry(str(report.conditions.get("model") or path.parent.name), report, examples)
+
+
+def check_classes(model: nn.Module, data: ImageData) -> None:
+    """Refuse data whose named classes are others than those that the model was trained on, or in another order.
+
+    Raises:
+        ValueError: see there.
+    """
+    known = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
+    if known and len(known) == data.num_classes and not _same_names(known, data.classes):
+        raise ValueError(
+            f"the model was trained on the classes {', '.join(map(str, known[:5]))}, ... but {data.name} has "
+            f"{', '.join(data.classes[:5])}, ...; evaluate on data with the same classes in the same order"
+        )
+
+
+def _same_names(known: Sequence[str], found: Sequence[str]) -> bool:
+    numbers = {str(index) for index in range(len(known))}
+    return set(found) <= numbers or set(map(str, known)) <= numbers or list(map(str, known)) == list(found)
+
+
+def _some(model: nn.Module, data: ImageData, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many images, each class in its share, and their labels, on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    chosen = data.subset(min(count, len(data)))
+    images, labels = next(chosen.batches(len(chosen)))
+    return images.to(device), labels.to(device)
