@@ -102,6 +102,7 @@ class TestCounting:
         assert report.worst_case == 1 / 5
         assert [now.stage for now in seen] == ["a: a", "b: b", "c: c", "c: c"]
         assert [(now.images, now.robust) for now in seen] == [(0, 0), (0, 0), (0, 0), (5, 1)]
+        assert [now.bound for now in seen] == [3 / 5, 2 / 5, 1 / 5, 1 / 5]
 
     def test_batches_are_put_together_in_order(self, suites):
         seen: list[Standing] = []

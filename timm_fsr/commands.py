@@ -61,8 +61,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     with bar(console, "evaluation", share) as show:
 
         def progress(now: Standing) -> None:
-            bound = f"robust so far {now.robust}/{now.images}" if now.images else "first batch"
-            show(now.images, f"{bound}, {now.stage}")
+            show(now.images, f"at most {100 * now.bound:.1f} % robust, {now.stage}")
 
         if options.output:
             report = assess(
@@ -151,7 +150,8 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         help="common corruptions, 15 in 5 severities, of so many",
     )
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, ...")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=_device, default=default, help=f"cpu, cuda, ... (default {default})")
     return parser
 
 

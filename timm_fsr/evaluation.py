@@ -49,13 +49,22 @@ class Standing:
 
     Attributes:
         images: so many are finished, on this process.
-        robust: so many of them were right clean and under every attack; an upper bound for the rest.
+        robust: so many of them were right clean and under every attack.
         stage: what was run last, such as "autoattack: square".
+        batch: images of the batch that is being attacked.
+        left: so many of these are still right clean and under every attack so far.
     """
 
     images: int
     robust: int
     stage: str
+    batch: int = 0
+    left: int = 0
+
+    @property
+    def bound(self) -> float:
+        """What the robust accuracy of the images seen so far can be at most, in [0, 1]."""
+        return (self.robust + self.left) / max(1, self.images + self.batch)
 
 
 def evaluate(
@@ -197,16 +206,17 @@ class _Work:
             self._prepare(images, labels)
         batch = batch_key(index, images, labels)
         clean = self._clean(batch, images, labels)
+        alive = clean.clone()
         found: dict[str, Any] = {"labels": labels.cpu(), CLEAN: clean.cpu(), "stages": {}}
         for suite in self.suites:
-            stages = self._attack(suite, index, batch, images, labels, clean)
+            stages = self._attack(suite, index, batch, images, labels, clean, alive)
+            alive &= list(stages.values())[-1]
             found[suite.name] = list(stages.values())[-1].cpu()
             if len(stages) > 1:
                 found["stages"][suite.name] = {key: flags.cpu() for key, flags in stages.items()}
         self.outcomes[index] = found
-        robust = torch.stack([found[key] for key in (CLEAN, *(suite.name for suite in self.suites))]).all(dim=0)
         done, standing = self.standing.images + len(images), self.standing
-        self._show(Standing(done, standing.robust + int(robust.sum()), standing.stage))
+        self._show(Standing(done, standing.robust + int(alive.sum()), standing.stage))
 
     def result(self) -> dict[str, Any]:
         """What the other processes have to know."""
@@ -238,9 +248,12 @@ class _Work:
         return clean
 
     def _attack(
-        self, suite: Suite, index: int, batch: str, images: Tensor, labels: Tensor, clean: Tensor
+        self, suite: Suite, index: int, batch: str, images: Tensor, labels: Tensor, clean: Tensor, alive: Tensor
     ) -> dict[str, Tensor]:
-        """(N,) bool after each stage of a suite: was the image still classified correctly?"""
+        """(N,) bool after each stage of a suite: was the image still classified correctly?
+
+        `alive` are those that all suites before left; it is only shown.
+        """
         correct = torch.ones_like(clean) if suite.every_image else clean.clone()
         flags: dict[str, Tensor] = {}
         attacked = None
@@ -261,7 +274,8 @@ class _Work:
             else:
                 correct = known.to(images.device)
             flags[stage.name] = correct.clone()
-            self._show(Standing(self.standing.images, self.standing.robust, f"{suite.name}: {stage.name}"))
+            name, left = f"{suite.name}: {stage.name}", int((alive & correct).sum())
+            self._show(Standing(self.standing.images, self.standing.robust, name, len(images), left))
         return flags
 
     def _attacked_so_far(self, suite: Suite, index: int, images: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def conclude(run: Run) -> nn.Module:
             folder=output / "evaluation",  # a kill costs one attack on one batch
             overwrite=True,
             accelerator=run.accelerator,
-            progress=lambda now: show(now.images, f"right under all so far: {now.robust}/{now.images}"),
+            progress=lambda now: show(now.images, f"at most {100 * now.bound:.1f} % robust"),
         )
     if main:
         report.conditions.update(_training_conditions(run, test))
