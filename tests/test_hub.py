@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import pickle
 import resource
@@ -23,13 +24,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_fsr
-from timm_fsr.hub import base_model, load, save_pretrained
+from timm_fsr.hub import base_model, load, save_pretrained, weights_digest
 from timm_fsr.layers import FSR
 from timm_fsr.layers.base import layer_defaults
 from timm_fsr.pixels import PixelModel
 from timm_fsr.report import Report
+from timm_fsr.weights import FORMAT
 
 FILES = {"config.json", "model.safetensors"}
+CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 
 
 def variant(**kwargs: Any) -> nn.Module:
@@ -185,6 +188,24 @@ class TestSaving:
             with pytest.raises(ValueError, match="'resnet_tiny_cifar_label_scale' is no registered timm model"):
                 save_pretrained(model, tmp_path)
 
+    def test_the_recipe_is_the_given_one_or_the_reports(self, tmp_path):
+        conditions = {"recipe": {"seed": 1}}
+        report = Report(
+            correct={"clean": torch.tensor([True])}, attacks={}, norm="linf", eps=0.1, seed=0, conditions=conditions
+        )
+        save_pretrained(variant(), tmp_path, report=report)
+        assert (tmp_path / "recipe.yaml").read_text() == "seed: 1\n"
+        save_pretrained(variant(), tmp_path, report=report, recipe={"seed": 2})
+        assert (tmp_path / "recipe.yaml").read_text() == "seed: 2\n"
+        save_pretrained(variant(), tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == FILES, "a recipe of other weights stayed"
+
+    def test_the_checksum_is_the_files(self, saved):
+        record = json.loads((saved / "config.json").read_text())["timm_fsr"]
+        content = (saved / "model.safetensors").read_bytes()
+        assert record["sha256"] == hashlib.sha256(content).hexdigest() == weights_digest(variant())
+        assert record["bytes"] == len(content)
+
     def test_a_full_disk_leaves_the_old_checkpoint(self, saved):
         before = {path.name: path.read_bytes() for path in saved.iterdir()}
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -260,6 +281,64 @@ class Bomb:
         return Path.touch, (self.marker,)
 
 
+def forget_checksum(folder: Path) -> None:
+    """As configurations of format 1 have none."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["timm_fsr"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+class TestFormats:
+    """Every format that was ever released keeps loading; tests/fixtures/configs has one configuration of each."""
+
+    @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+    def test_it_still_loads(self, tmp_path, path):
+        config = json.loads(path.read_text())
+        model = timm.create_model("resnet_tiny_cifar_fsr", num_classes=10, fsr_hidden=16)
+        save_pretrained(model, tmp_path)
+        record = {key: value for key, value in config.get("timm_fsr", {}).items() if key != "sha256"}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "timm_fsr": record}))
+        for again in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), timm_fsr.from_pretrained(tmp_path)):
+            assert torch.equal(again.fc.weight, model.fc.weight)
+            assert again.fsr["layer4"].resolved_args() == {
+                key.removeprefix("fsr_"): value for key, value in config["model_args"].items() if key.startswith("fsr_")
+            }
+
+    def test_there_is_one_of_the_present_format(self):
+        formats = [json.loads(path.read_text()).get("timm_fsr", {}).get("format", 1) for path in CONFIGS.glob("*.json")]
+        assert sorted(formats) == list(range(1, FORMAT + 1))
+
+    def test_it_is_what_is_written_today(self, tmp_path):
+        save_pretrained(timm.create_model("resnet_tiny_cifar_fsr", num_classes=10, fsr_hidden=16), tmp_path)
+        found = json.loads((tmp_path / "config.json").read_text())
+        stored = json.loads((CONFIGS / f"format{FORMAT}.json").read_text())
+        assert set(found) == set(stored)
+        assert set(found["timm_fsr"]) == set(stored["timm_fsr"])
+        assert set(found["model_args"]) == set(stored["model_args"])
+
+
+class TestFromPretrained:
+    def test_other_classes_and_channels_start_a_head_and_adapt_the_first_layer(self, saved):
+        model = timm_fsr.from_pretrained(saved, num_classes=3, in_chans=1)
+        assert model.fc.out_features == model.fsr["layer4"].head.out_features == 3
+        expected = variant().conv1.weight.sum(dim=1, keepdim=True)  # timm's rule for grey images
+        torch.testing.assert_close(model.conv1.weight, expected)
+
+    def test_weights_are_loaded_without_asking(self, saved):
+        assert torch.equal(timm_fsr.from_pretrained(str(saved)).fc.weight, variant().fc.weight)
+
+    def test_an_architecture_alone_is_no_trained_model(self):
+        with pytest.raises(ValueError, match=r"no weights of the whole model 'resnet_tiny_cifar_fsr' exist"):
+            timm_fsr.from_pretrained("resnet_tiny_cifar_fsr")
+
+    def test_a_folder_goes_before_a_repository_of_the_same_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        save_pretrained(variant(), "owner/name")
+        assert timm_fsr.from_pretrained("owner/name").num_classes == CLASSES
+        with pytest.raises(FileNotFoundError, match=r"nobody/nothing is not in the cache"):
+            timm_fsr.from_pretrained("nobody/nothing")
+
+
 class TestDamage:
     @pytest.mark.parametrize("text", ["", '{"architecture": ', "[]", "{}", "null", '{"architecture": 3}', "\x00\xff"])
     def test_a_configuration_that_is_none(self, saved, text):
@@ -282,24 +361,52 @@ class TestDamage:
             load(str(saved))
 
     @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
-    def test_truncated_weights(self, saved, keep):
+    @pytest.mark.parametrize("noted", [True, False])
+    def test_truncated_weights(self, saved, keep, noted):
         path = saved / "model.safetensors"
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(ValueError, match=r"weights of local-dir:.* are missing, damaged"):
+        if not noted:
+            forget_checksum(saved)
+        with pytest.raises(
+            ValueError, match=r"weights of local-dir:.* are (damaged or were exchanged|missing, damaged)"
+        ):
             load(str(saved))
 
     def test_weights_of_something_else(self, saved):
         save_file({"weight": torch.zeros(3)}, saved / "model.safetensors")
-        with pytest.raises(ValueError, match="weights"):
-            load(str(saved))
+        for forget in (lambda: None, lambda: forget_checksum(saved)):
+            forget()
+            with pytest.raises(ValueError, match="weights"):
+                load(str(saved))
+
+    def test_exchanged_weights_of_the_same_shapes(self, saved, tmp_path):
+        """Nothing but the checksum tells them apart, for plain networks too; timm itself does not look."""
+        plain = save_pretrained(tiny_resnet(), tmp_path / "plain")
+        for folder in (saved, plain):
+            state = load_file(folder / "model.safetensors")
+            save_file({**state, "fc.bias": state["fc.bias"] + 1}, folder / "model.safetensors")
+            with pytest.raises(ValueError, match=r"exchanged: the SHA-256 of model\.safetensors is [0-9a-f]{16}"):
+                load(str(folder))
+        with pytest.raises(ValueError, match="exchanged"):
+            timm.create_model(f"local-dir:{saved}", pretrained=True)
 
     @pytest.mark.parametrize("key", ["conv1.weight", "fsr.layer4.head.bias"])
     def test_weights_with_a_tensor_missing(self, saved, key):
         state = load_file(saved / "model.safetensors")
         del state[key]
         save_file(state, saved / "model.safetensors")
+        forget_checksum(saved)
         with pytest.raises(ValueError, match=key.removeprefix("fsr.")):
             load(str(saved))
+
+    @pytest.mark.parametrize("record", [{"format": 3, "version": "7.0"}, {"format": "x"}, "x"])
+    def test_a_record_that_is_newer_or_none(self, saved, record):
+        config = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps({**config, "timm_fsr": record}))
+        with pytest.raises(ValueError, match=r"saved by timm_fsr 7\.0 in format 3, .* update timm_fsr|is damaged"):
+            load(str(saved))
+        with pytest.raises(ValueError, match=r"saved by timm_fsr 7\.0 in format 3, .* update timm_fsr|is damaged"):
+            timm.create_model(f"local-dir:{saved}", pretrained=True)
 
     def test_no_weights_at_all(self, saved):
         (saved / "model.safetensors").unlink()

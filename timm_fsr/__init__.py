@@ -7,11 +7,11 @@ jsonargparse is imported when it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from timm_fsr import models as _models  # noqa: F401  (registers the timm variants)
 from timm_fsr.apgd import APGD
 from timm_fsr.attacks import FGSM, NFGSM, PGD, attack_mode
 from timm_fsr.convert import convert_official
 from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
+from timm_fsr.models import list_pretrained, register_pretrained  # and registers the timm variants
 from timm_fsr.objectives import AT, MART, TRADES, Natural, Objective
 from timm_fsr.pixels import PixelModel
 from timm_fsr.sites import attach, detach, reattach, record
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from timm_fsr.engine import train
     from timm_fsr.evaluation import evaluate, rescore
     from timm_fsr.evidence import gather_evidence
-    from timm_fsr.hub import save_pretrained
+    from timm_fsr.hub import from_pretrained, save_pretrained
     from timm_fsr.leaderboard import model_info, register_alias
+    from timm_fsr.publishing import push_to_hub
     from timm_fsr.recipe import Recipe
     from timm_fsr.report import Report
 
@@ -36,9 +37,11 @@ _LATER = {
     "assess": "assessment",
     "corrupt": "corruptions",
     "evaluate": "evaluation",
+    "from_pretrained": "hub",
     "gather_evidence": "evidence",
     "load_data": "data",
     "model_info": "leaderboard",
+    "push_to_hub": "publishing",
     "register_alias": "leaderboard",
     "rescore": "evaluation",
     "save_pretrained": "hub",
@@ -69,14 +72,18 @@ __all__ = [
     "corrupt",
     "detach",
     "evaluate",
+    "from_pretrained",
     "gather_evidence",
     "list_layers",
+    "list_pretrained",
     "load_data",
     "model_info",
+    "push_to_hub",
     "reattach",
     "record",
     "register_alias",
     "register_layer",
+    "register_pretrained",
     "rescore",
     "save_pretrained",
     "train",

@@ -27,7 +27,16 @@ from timm_fsr.report import Report
 
 REPORT, EXAMPLES, PAGE = "report.json", "examples.json", "report.html"
 _EXAMPLE_IMAGES = 200  # among which the examples are chosen
-_TRAINING = ("training_data", "checkpoint_rule", "checkpoint_epoch", "training", "training_seed")
+_TRAINING = (
+    "training_data",
+    "checkpoint_rule",
+    "checkpoint_epoch",
+    "training",
+    "training_seed",
+    "training_seconds",
+    "training_hardware",
+    "recipe",
+)
 
 Announce = Callable[[str], None]
 

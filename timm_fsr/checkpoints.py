@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from timm_fsr.files import file_digest
 
 _PREFIX, _SCRATCH = "step-", ".writing-"
 _TENSORS, _VALUES, _SUMS = "tensors.pt", "values.json", "checksums.json"
@@ -49,7 +50,7 @@ class Checkpoints:
             scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.folder))
             torch.save(tensors, scratch / _TENSORS)
             (scratch / _VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
-            sums = {name: _sha256(scratch / name) for name in (_TENSORS, _VALUES)}
+            sums = {name: file_digest(scratch / name) for name in (_TENSORS, _VALUES)}
             (scratch / _SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
             for path in (*scratch.iterdir(), scratch):
                 _to_disk(path)
@@ -113,18 +114,10 @@ def _problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
     try:
         sums = json.loads((path / _SUMS).read_text(encoding="utf-8"))
-        broken = [name for name in (_TENSORS, _VALUES) if sums[name] != _sha256(path / name)]
+        broken = [name for name in (_TENSORS, _VALUES) if sums[name] != file_digest(path / name)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{broken[0]} differs from its checksum" if broken else None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _to_disk(path: Path) -> None:

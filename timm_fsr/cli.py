@@ -1,4 +1,4 @@
-"""The command line: timm-fsr train | evaluate | report | demo."""
+"""The command line: timm-fsr train | evaluate | report | models | card | push | convert | demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from timm_fsr.commands import evaluate_command, report_command
 from timm_fsr.demo import run_demo
 from timm_fsr.engine import InterruptedRunError, train
+from timm_fsr.hub_commands import card_command, convert_command, models_command, push_command
 from timm_fsr.recipe import parse_arguments, recipe_parser
 
 Command = Callable[[Sequence[str]], None]
@@ -57,4 +58,13 @@ def _demo(arguments: Sequence[str]) -> None:
     run_demo(options.output, epochs=options.epochs, limit=options.limit, seed=options.seed)
 
 
-_COMMANDS: dict[str, Command] = {"train": _train, "evaluate": evaluate_command, "report": report_command, "demo": _demo}
+_COMMANDS: dict[str, Command] = {
+    "train": _train,
+    "evaluate": evaluate_command,
+    "report": report_command,
+    "models": models_command,
+    "card": card_command,
+    "push": push_command,
+    "convert": convert_command,
+    "demo": _demo,
+}

@@ -1,12 +1,14 @@
-"""Weights of the official FSR implementation, renamed for the FSR variants of this package.
+"""Weights made by other code, renamed for the networks of this package.
 
 The official code (github.com/wkim97/FSR, Kim et al., CVPR 2023) has three networks for 32x32 images. Each
 entry of `NETWORKS` says how the keys of our network are spelt there; the conversion walks over *our* keys, so
-what it returns is complete, and what it cannot place is an error.
+what it returns is complete, and what it cannot place is an error. `PLAIN` does the same for the networks without
+FSR that most adversarial training code, and so most of RobustBench's checkpoints, use.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,10 +18,13 @@ import timm
 import torch
 from torch import Tensor
 
+from timm_fsr.layers.base import unknown
+
 Shape = tuple[int, ...]
 
 WRAPPERS = ("state_dict", "net", "model")  # names under which checkpoints keep the state dict
-PARALLEL = "module."  # what DataParallel puts before each key
+PREFIXES = ("module.", "model.", "net.")  # what DataParallel and wrappers put before each key
+STATISTICS = ("mu", "sigma", "mean", "std", "normalize.mean", "normalize.std")  # buffers of wrappers that normalise
 VGG_BLOCKS = ((0, 6), (7, 13), (14, 23), (24, 33), (34, 43))  # in timm's `features`; a pool follows each
 
 HIDDEN = 64  # width of the official separation and recalibration networks
@@ -98,6 +103,34 @@ NETWORKS = (
 )
 
 
+_RESNET, _, _WIDE = NETWORKS
+_PREACT = OfficialNetwork(
+    title="PreActResNet18",
+    backbone="preact_resnet18_cifar",
+    place=-1,
+    signature="layer1.0.bn1.weight",
+    spelling=(
+        (r"^stem\.conv\.", "conv1."),
+        *((rf"^stages\.{stage}\.blocks\.", f"layer{stage + 1}.") for stage in range(4)),
+        (r"\.norm([12])\.", r".bn\1."),
+        (r"\.downsample\.conv\.", ".shortcut.0."),
+        (r"^norm\.", "bn."),
+        (r"^head\.fc\.", "linear."),
+    ),
+)
+
+PLAIN = {
+    network.backbone: network
+    for network in (
+        dataclasses.replace(_RESNET, title="ResNet-18"),
+        dataclasses.replace(_WIDE, title="WideResNet-34-10"),
+        dataclasses.replace(_WIDE, title="WideResNet-28-10", backbone="wrn28_10_cifar"),
+        _PREACT,
+    )
+}
+"""By our name: the networks without FSR whose common spelling is known."""
+
+
 def convert_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename the official FSR weights for `resnet18_cifar_fsr`, `vgg16_bn_cifar_fsr` or `wrn34_10_cifar_fsr`.
 
@@ -119,16 +152,72 @@ def convert_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     network = _recognise(official)
     head = official.get("aux.0.weight")
     wanted = _wanted(network, num_classes=10 if head is None else len(head))
+    return _renamed(official, wanted, network)
+
+
+def _renamed(official: Mapping[str, Any], wanted: Mapping[str, Target], network: OfficialNetwork) -> dict[str, Tensor]:
     missing = [key for key in wanted if key not in official]
     unknown = [key for key in official if key not in wanted and not key.startswith(network.unused)]
     if missing or unknown:
         found = {"missing": missing, "unknown": unknown}
         problems = "; ".join(f"{what}: {_listed(keys)}" for what, keys in found.items() if keys)
         raise ValueError(
-            f"the state dict looks like the official {network.title}, but its keys differ ({problems});"
-            " give the state dict of the official network, whole and unchanged"
+            f"the state dict looks like {network.title}, but its keys differ ({problems});"
+            " give that network's state dict, whole and unchanged"
         )
     return {target.key: _fitted(official[key], target, key) for key, target in wanted.items()}
+
+
+def convert_plain(state_dict: Mapping[str, Any], architecture: str) -> dict[str, Tensor]:
+    """Rename the weights of a network without FSR, as most adversarial training code spells them, for ours.
+
+    Args:
+        state_dict: in the spelling of kuangliu's ResNets or TRADES's Wide ResNets, as RobustBench has them, or
+            in timm's; a wrapper (`state_dict`, `net`, `model`) around it or before each key is taken off.
+        architecture: one of `PLAIN`, such as "resnet18_cifar".
+
+    Returns:
+        Our state dict, with as many classes as the given one. Mean and std that a wrapper has kept are left out.
+
+    Raises:
+        ValueError: no such network, missing or unknown keys, or a tensor of another shape.
+    """
+    if architecture not in PLAIN:
+        raise ValueError(unknown("network to convert to", architecture, list(PLAIN)))
+    network, given = PLAIN[architecture], _unwrap(state_dict)
+    given = {key: value for key, value in given.items() if key not in STATISTICS}
+    if any(key.startswith("separation.") for key in given):
+        raise ValueError(f"these weights have FSR layers; convert them to {architecture}_fsr")
+    spellings = (network, dataclasses.replace(network, spelling=()))  # the common one, and timm's
+    candidates = [_wanted_backbone(spelling, count_classes(given)) for spelling in spellings]
+    wanted = min(candidates, key=lambda keys: len(set(keys) ^ set(given)))
+    return _renamed(given, wanted, network)
+
+
+def recognise_official(state_dict: Mapping[str, Any]) -> list[OfficialNetwork]:
+    """The official FSR network that weights belong to, alone in a list; none for networks without FSR."""
+    given = _unwrap(state_dict)
+    if not any(str(key).startswith("separation.") for key in given):
+        return []
+    return [network for network in NETWORKS if network.signature in given][:1]
+
+
+def count_classes(state_dict: Mapping[str, Any]) -> int:
+    """Classes of the last linear layer in a state dict; 10 if none is recognised."""
+    for key in ("linear.weight", "fc.weight", "head.fc.weight", "classifier.4.weight"):
+        if key in state_dict:
+            return len(state_dict[key])
+    return 10
+
+
+def find_statistics(state_dict: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
+    """Mean and std that a wrapper has kept beside the weights, by which it normalises images before the network."""
+    for mean, std in zip(STATISTICS[::2], STATISTICS[1::2], strict=True):
+        for prefix in ("", *PREFIXES):
+            if f"{prefix}{mean}" in state_dict and f"{prefix}{std}" in state_dict:
+                found = [state_dict[f"{prefix}{name}"].flatten().tolist() for name in (mean, std)]
+                return found[0], found[1]
+    return None
 
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,8 +225,10 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for name in WRAPPERS:
         if isinstance(checkpoint.get(name), Mapping):
             return _unwrap(checkpoint[name])
-    if checkpoint and all(key.startswith(PARALLEL) for key in checkpoint):
-        return {key.removeprefix(PARALLEL): value for key, value in checkpoint.items()}
+    for prefix in PREFIXES:
+        rest = [key for key in checkpoint if key not in STATISTICS]
+        if rest and all(str(key).startswith(prefix) for key in rest):
+            return _unwrap({str(key).removeprefix(prefix): value for key, value in checkpoint.items()})
     return dict(checkpoint)
 
 
@@ -154,10 +245,17 @@ def _recognise(official: Mapping[str, Any]) -> OfficialNetwork:
 
 
 def _wanted(network: OfficialNetwork, num_classes: int) -> dict[str, Target]:
-    """Each official key that must be there, and where it goes.
+    """Each official key that must be there, and where it goes."""
+    with torch.device("meta"):
+        backbone: Any = timm.create_model(network.backbone, num_classes=num_classes)
+    info = backbone.feature_info[network.place]
+    site = info["module"].replace(".", "_")
+    fsr = _wanted_fsr(f"fsr.{site}", info["num_chs"], num_classes)
+    return _wanted_backbone(network, num_classes) | fsr
 
-    The backbone is built without weights, by its timm name: importing the package has registered it.
-    """
+
+def _wanted_backbone(network: OfficialNetwork, num_classes: int) -> dict[str, Target]:
+    """The same for the network without FSR, which is built without weights, by its timm name."""
     with torch.device("meta"):
         backbone: Any = timm.create_model(network.backbone, num_classes=num_classes)
     wanted = {}
@@ -166,9 +264,7 @@ def _wanted(network: OfficialNetwork, num_classes: int) -> dict[str, Target]:
         for pattern, replacement in network.spelling:
             theirs = re.sub(pattern, replacement, theirs)
         wanted[theirs] = Target(ours, tuple(tensor.shape))
-    info = backbone.feature_info[network.place]
-    site = info["module"].replace(".", "_")
-    return wanted | _wanted_fsr(f"fsr.{site}", info["num_chs"], num_classes)
+    return wanted
 
 
 def _wanted_fsr(prefix: str, channels: int, num_classes: int) -> dict[str, Target]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from timm_fsr.attacks import attack_mode
 from timm_fsr.autoattack import implementation_version
 from timm_fsr.data import derive_generator
-from timm_fsr.hub import base_model
-from timm_fsr.inference import Batches, as_batches, check_channels, full_precision, predict
+from timm_fsr.hub import base_model, weights_digest
+from timm_fsr.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
 from timm_fsr.outcomes import (
     CLEAN,
     Journal,
@@ -386,13 +385,13 @@ def _versions() -> dict[str, str]:
 
 
 def _conditions(model: nn.Module, name: str, data_name: str, device: torch.device, world: int) -> dict[str, Any]:
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     classes = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
     return {
         "model": name or type(model).__name__,
         "data": data_name,
         "precision": "float32",
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads, {world} process(es)",
+        "weights_sha256": weights_digest(model),
+        "hardware": hardware(device, world),
         "versions": {**_versions(), "timm": timm.__version__},
         **({"classes": list(classes)} if classes else {}),
     }

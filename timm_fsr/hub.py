@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
+from safetensors.torch import save, save_file
+from timm.models._hub import download_from_hf, save_config_for_hf
 from torch import Tensor, nn
 
 from timm_fsr.files import staged
+from timm_fsr.layers import list_layers
 from timm_fsr.layers.base import unknown
+from timm_fsr.models import list_pretrained
 from timm_fsr.pixels import PixelModel
+from timm_fsr.pretrained import RECIPE, REPORT
+from timm_fsr.remote import explained
 from timm_fsr.report import Report
 from timm_fsr.sites import layer_groups
 from timm_fsr.version import __version__
+from timm_fsr.weights import CONFIG, RECORD, WEIGHTS, check_record, make_record, verify_folder, verify_hub
+
+HUB, FOLDER = "hf-hub:", "local-dir:"
+_REPOSITORY = r"[\w.-]+/[\w.-]+(@[^/\s]+)?"
 
 # Options of `timm.create_model` that say where weights come from; a saved model brings its own.
 _NOT_SAVED = ("pretrained_backbone", "checkpoint_path", "cache_dir")
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *, report: Report | None = None) -> Path:
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    report: Report | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> Path:
     """Save a model as `config.json` and `model.safetensors`, with every feature-layer argument written out.
 
     Args:
         model: a timm model made by `timm.create_model`, with feature layers or without, or a PixelModel of one.
         folder: made if missing; files of these names in it are replaced, each atomically, when all are written.
         report: written beside them as `report.json`; without one, an older one there is removed.
+        recipe: how it was trained, written as `recipe.yaml`; None takes the one that the report of a training run has.
 
     Returns:
         The folder.
@@ -49,16 +68,56 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, report: Report | No
     try:
         model._model_args = arguments  # type: ignore[assignment]
         with staged(folder) as scratch:
-            save_file(_plain_tensors(model), scratch / "model.safetensors")
-            save_config_for_hf(model, str(scratch / "config.json"), model_config={"timm_fsr": _provenance()})
+            save_file(_plain_tensors(model), scratch / WEIGHTS)
+            record = make_record(scratch / WEIGHTS)
+            save_config_for_hf(model, str(scratch / CONFIG), model_config={RECORD: record})
             if report is not None:
-                (scratch / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-        if report is None:
-            (folder / "report.json").unlink(missing_ok=True)  # it is about other weights
+                (scratch / REPORT).write_text(report.to_json())
+            recipe = recipe or (report.conditions.get("recipe") if report else None)
+            if recipe:
+                (scratch / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
+        for name, written in ((REPORT, report), (RECIPE, recipe)):
+            if not written:
+                (folder / name).unlink(missing_ok=True)  # it is about other weights
     finally:
         if original is not None:
             model._model_args = original
     return folder
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A trained model, by whatever name it has; its weights are checked against the checksum saved with them.
+
+    Args:
+        name: a pretrained tag ("resnet_tiny_cifar_fsr.at_fashion_mnist"; `timm-fsr models` lists them), a repository
+            of the Hub ("user/name", "user/name@revision", "hf-hub:user/name"), a folder that `save_pretrained`
+            wrote, or a timm model with weights of its own ("resnet50.a1_in1k").
+        num_classes: another number of classes than the checkpoint's: its heads start afresh, for fine-tuning.
+        in_chans: another number of image channels: the first layer's weights are adapted as timm does.
+        cache_dir: where downloads are kept.
+        **kwargs: further arguments of `timm.create_model`, such as `drop_rate=0.1`.
+
+    Returns:
+        The model in training mode, as `timm.create_model` returns it.
+
+    Raises:
+        ValueError: an unknown architecture or layer, a newer format, damaged or exchanged weights, bad arguments.
+        FileNotFoundError: no such folder or repository, or it is neither in the cache nor to be had.
+        PermissionError: the Hub wants a token, or another one.
+        ConnectionError: the Hub cannot be reached, or is busy.
+    """
+    name = str(name)
+    if "/" in name and ":" not in name and not Path(name).is_dir() and re.fullmatch(_REPOSITORY, name):
+        name = f"hf-hub:{name}"
+    given = {"num_classes": num_classes, "in_chans": in_chans, "cache_dir": cache_dir}
+    return load(name, pretrained=True, **{key: value for key, value in given.items() if value is not None}, **kwargs)
 
 
 def load(name: str, **kwargs: Any) -> nn.Module:
@@ -66,15 +125,28 @@ def load(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: a timm model name, a path of a folder written by `save_pretrained`, or either of timm's
-            "local-dir:" and "hf-hub:" names. Paths and sourced names load their weights.
+            "local-dir:" and "hf-hub:" names. Paths, sourced names and this package's tags load their weights.
         **kwargs: passed to `timm.create_model`.
 
     Raises:
         ValueError: no such model, arguments that it does not take, or a damaged checkpoint.
-        FileNotFoundError: no such folder, or no model in it.
+        OSError: no such folder or repository, or the Hub cannot be reached; see `from_pretrained`.
     """
     name = resolve(name)
-    return _create(name, **({"pretrained": True, **kwargs} if ":" in name else kwargs))
+    if name.startswith(HUB):
+        repository = name.removeprefix(HUB)
+        with explained(repository):
+            _check_hub(repository, kwargs.get("cache_dir"))
+            return _create(name, **{"pretrained": True, **kwargs})
+    if name.startswith(FOLDER):
+        verify_folder(Path(name.removeprefix(FOLDER)))
+    with explained(name):
+        return _create(name, **({"pretrained": True, **kwargs} if is_trained(name) else kwargs))
+
+
+def is_trained(name: str) -> bool:
+    """Does a name that `resolve` gave stand for a trained model, not for an architecture alone?"""
+    return ":" in name or any(entry.name == name for entry in list_pretrained())
 
 
 def resolve(name: str) -> str:
@@ -85,20 +157,28 @@ def resolve(name: str) -> str:
     """
     if timm.is_model(name.split(".")[0]):
         return name
-    path = Path(name.removeprefix("local-dir:"))
-    if name.startswith("local-dir:") or path.is_dir():
-        _check_config(path / "config.json")
-        return f"local-dir:{path}"
+    path = Path(name.removeprefix(FOLDER))
+    if name.startswith(FOLDER) or path.is_dir():
+        _check_config(path / CONFIG)
+        return f"{FOLDER}{path}"
     if path.is_file():
         raise ValueError(
             f"{name} is a file; give a folder that save_pretrained wrote, or build the network that these weights "
             f"belong to with checkpoint_path={name!r}"
         )
     if ":" in name:
-        return name
+        return name.replace("hf_hub:", HUB, 1)
     if "/" in name:
-        raise FileNotFoundError(f"there is no folder {name}; give one that save_pretrained wrote, or a timm model name")
+        raise FileNotFoundError(
+            f"there is no folder {name}; give one that save_pretrained wrote, a timm model name, or hf-hub:user/name "
+            "for a model of the Hub"
+        )
     raise ValueError(unknown("model", name, timm.list_models()) + "; see timm.list_models()")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the `model.safetensors` that `save_pretrained` would write of it."""
+    return hashlib.sha256(save(_plain_tensors(base_model(model)))).hexdigest()
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -110,18 +190,42 @@ def base_model(model: nn.Module) -> nn.Module:
     return base_model(model.model) if isinstance(model, PixelModel) else model
 
 
-def _check_config(path: Path) -> None:
+def _check_hub(name: str, cache_dir: str | None) -> None:
+    """Refuse what timm would refuse in its own words, or not at all; the files checked stay in the cache."""
+    path = Path(download_from_hf(name, CONFIG, cache_dir=cache_dir))
+    _check_config(path, f"hf-hub:{name}")
+    verify_hub(name, cache_dir)
+
+
+def _check_config(path: Path, source: str | None = None) -> None:
+    """Refuse a configuration that is missing or damaged, of a newer format or an unknown architecture."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path.parent} has no config.json, so it is no saved model; give a folder that save_pretrained wrote"
+            f"{path.parent} has no {CONFIG}, so it is no saved model; give a folder that save_pretrained wrote"
         )
+    source = source or str(path)
     try:
-        architecture = json.loads(path.read_bytes())["architecture"]
+        config = json.loads(path.read_bytes())
+        architecture = config["architecture"]
         known = timm.is_model(architecture)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); download or save the model again") from error
+        raise ValueError(f"{source} is damaged ({error!r}); download or save the model again") from error
+    check_record(config, source)  # a newer version may know more architectures
     if not known:
-        raise ValueError(unknown(f"architecture in {path}", architecture, timm.list_models()))
+        raise ValueError(f"{unknown(f'architecture in {source}', architecture, timm.list_models())}; {_remedy(config)}")
+
+
+def _remedy(config: Mapping[str, Any]) -> str:
+    """What may be missing where an architecture is unknown."""
+    base, _, layer = str(config["architecture"]).rpartition("_")
+    if timm.is_model(base):
+        return (
+            f"timm_fsr {__version__} knows no feature layer {layer!r} (it has {', '.join(list_layers())}): import the "
+            "package that registers it, or update timm_fsr"
+        )
+    versions = config.get(RECORD, {})
+    saved = f"; it was saved with timm {versions['timm']}" if "timm" in versions else ""
+    return f"import the package that registers it, or update timm{saved}"
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
@@ -153,9 +257,5 @@ def _check_rebuildable(model: nn.Module) -> None:
 def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as safetensors wants it: no memory shared, no channels-last strides."""
     state = model.state_dict()
-    return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-
-
-def _provenance() -> dict[str, str]:
-    """Versions a reader may need; timm keeps and ignores them."""
-    return {"version": __version__, "timm": timm.__version__, "torch": torch.__version__}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}

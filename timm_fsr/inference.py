@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """Where something ran, for reports."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    return f"{name}, {torch.get_num_threads()} threads, {processes} process(es)"
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
-from timm_fsr.hub import load, resolve
+from timm_fsr.hub import is_trained, load, resolve
 from timm_fsr.layers import layer_class
 from timm_fsr.layers.base import check_layer_args
 from timm_fsr.sites import attach, layer_groups
@@ -22,7 +22,8 @@ class ModelOptions:
     """The model that is trained.
 
     Attributes:
-        name: a timm architecture, or a trained model (a folder, "local-dir:folder", "hf-hub:user/name").
+        name: a timm architecture, or a trained model (a folder, "local-dir:folder", "hf-hub:user/name", or a tag of
+            this package such as "resnet_tiny_cifar_fsr.at_fashion_mnist").
         layer: the feature layer to put on it ("fsr"); null trains it as it is. This line alone decides what is
             compared: the next two describe layers and say nothing of a plain model.
         at: places, as in `timm_fsr.attach`; null takes the layer's own.
@@ -46,7 +47,7 @@ class ModelOptions:
         """
         for name in (*self.layer_args, *filter(None, [self.layer])):
             check_layer_args(layer_class(name), self._args_of(name))
-        if ":" not in resolve(self.name):
+        if not is_trained(resolve(self.name)):
             with torch.device("meta"):
                 dataclasses.replace(self, pretrained=False).build(num_classes=10)
 
@@ -57,7 +58,7 @@ class ModelOptions:
             ValueError: see `check`.
         """
         name = resolve(self.name)
-        trained = ":" in name
+        trained = is_trained(name)
         arguments: dict[str, Any] = {"num_classes": num_classes, **self.args}
         if image_size is not None:
             if trained or self.pretrained:  # weights exist: timm adapts their first layer

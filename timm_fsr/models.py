@@ -12,24 +12,19 @@ import timm
 import torch
 from timm.layers import is_scriptable
 from timm.models import DefaultCfg, PretrainedCfg, get_pretrained_cfg, model_entrypoint
-from timm.models._builder import (
-    _resolve_pretrained_source,
-    load_state_dict,
-    load_state_dict_from_hf,
-    load_state_dict_from_path,
-    load_state_dict_from_url,
-    pretrained_cfg_for_features,
-    resolve_pretrained_cfg,
-)
+from timm.models import _registry as timm_registry
+from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from timm.models._registry import register_model
-from torch import Tensor, nn
+from torch import nn
 
 from timm_fsr import backbones as _backbones  # noqa: F401  (registers the CIFAR-size networks)
 from timm_fsr.layers import layer_class
 from timm_fsr.layers.base import check_layer_args
 from timm_fsr.places import At
+from timm_fsr.pretrained import Pretrained, embedded_pretrained, read_pretrained
 from timm_fsr.sites import LayerGroup, attach, layer_groups
+from timm_fsr.weights import StateDict, load_weights
 
 __all__: list[str] = []  # timm's registry adds every entrypoint
 default_cfgs: dict[str, DefaultCfg] = {}
@@ -57,7 +52,7 @@ OFFICIAL_PLACES: dict[tuple[str, str], tuple[int, ...]] = {("vgg16_bn_cifar", "f
 # Everything in a pretrained_cfg that says where weights come from.
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 
-StateDict = dict[str, Tensor]
+_TAGS: dict[str, Pretrained] = {}  # by "<architecture>.<tag>"
 
 
 def register_variants() -> None:
@@ -67,6 +62,39 @@ def register_variants() -> None:
             name = f"{base}_{layer}"
             if base not in UNSUPPORTED and name not in globals() and not base.endswith(f"_{layer}"):
                 _register(name, base, layer)
+
+
+def register_pretrained(folder: str | Path) -> str:
+    """Make a checkpoint known to timm by the name of its folder, `<architecture>.<tag>`.
+
+    Its weights are those in the folder; without any there, those of the Hub repository of this name in the namespace
+    that the environment variable TIMM_FSR_HUB names, which must have the noted checksum.
+
+    Args:
+        folder: with `config.json` and `report.json` as `save_pretrained` writes them; it must stay where it is.
+
+    Returns:
+        The name: `timm.create_model(name, pretrained=True)` builds the model.
+
+    Raises:
+        FileNotFoundError: the folder holds no configuration.
+        ValueError: it is damaged, of a network without feature layer, or the name is known already.
+    """
+    entry = read_pretrained(folder)
+    if entry.architecture not in globals():
+        raise ValueError(
+            f"{entry.architecture} is no network with a feature layer that timm_fsr has registered; plain networks are "
+            f"loaded from local-dir:{folder}"
+        )
+    if entry.name in _TAGS and _TAGS[entry.name].folder != entry.folder:
+        raise ValueError(f"{entry.name} is known already, from {_TAGS[entry.name].folder}; use another tag")
+    _register_tag(entry)
+    return entry.name
+
+
+def list_pretrained() -> list[Pretrained]:
+    """The checkpoints that timm knows by a tag of this package, by name."""
+    return [_TAGS[name] for name in sorted(_TAGS)]
 
 
 def build_variant(
@@ -89,7 +117,8 @@ def build_variant(
         base: a timm architecture.
         layer: a registered feature layer.
         pretrained: load weights of the whole model, layer included.
-        pretrained_cfg: tag or configuration that says where those are, as in `timm.create_model`.
+        pretrained_cfg: tag or configuration that says where those are, as in `timm.create_model`; the arguments that
+            a tag's network was built with are taken where none are given.
         pretrained_cfg_overlay: fields that replace those of the configuration.
         pretrained_backbone: load timm's weights of `base` under a fresh layer: True takes the tag
             of the model's name ("resnet50_fsr.a1_in1k") or the default one, a string names a tag.
@@ -100,30 +129,30 @@ def build_variant(
         **kwargs: arguments of the layer, prefixed by its name (`fsr_tau=0.2`); the others go to timm's entrypoint.
 
     Raises:
-        ValueError: an unknown layer argument or place, or weights that hold no such layer.
+        ValueError: an unknown layer argument or place, weights that hold no such layer, that differ from the checksum
+            saved with them, or that a newer version of this package has saved.
         RuntimeError: `pretrained=True` where no weights of the whole model exist.
         FileNotFoundError: the configuration names a file of weights that is not there.
     """
     variant = f"{base}_{layer}"
     if is_scriptable():
         raise ValueError(f"{variant} uses forward hooks, which torch.jit.script does not support; use torch.export")
-    layer_args = {key.removeprefix(f"{layer}_"): kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{layer}_")}
-    check_layer_args(layer_class(layer), layer_args)
     source_args = kwargs.get("pretrained_model_args") or {}
     if pretrained or "pretrained_backbone" in source_args:  # a saved model's own weights replace its backbone's
         pretrained_backbone = False
     if pretrained_backbone is True and isinstance(pretrained_cfg, str):  # "resnet50_fsr.a1_in1k" names the backbone's
         pretrained_backbone, pretrained_cfg = pretrained_cfg, None
     config = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    known = _known(variant, config)
+    if known:  # what the tag's network was built with, unless other arguments were given
+        kwargs = {**known.model_args, **kwargs}
+        at = at if at is not None else known.model_args.get("at")
+        kwargs.pop("at", None)
+    layer_args = {key.removeprefix(f"{layer}_"): kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{layer}_")}
+    check_layer_args(layer_class(layer), layer_args)
     if pretrained or pretrained_backbone:
         _check_file(config.get("file"))
-    state = _load_weights(variant, config, cache_dir) if pretrained else {}
-    own, backbone = _split(state, f"{layer}.")
-    if pretrained and not own:
-        raise ValueError(
-            f"the weights for {variant} hold no {layer!r} layer; for plain {base} weights under a fresh layer use "
-            "pretrained_backbone=True (timm's), or build without weights and load_state_dict(..., strict=False)"
-        )
+    own, backbone = _load_state(base, layer, config, known, cache_dir) if pretrained else ({}, {})
     overlay = {key: value for key, value in config.items() if key not in (*_SOURCES, "architecture", "tag")}
     overlay |= {**dict.fromkeys(_SOURCES), "custom_load": False, "state_dict": backbone or None}
     model = model_entrypoint(base)(
@@ -140,6 +169,8 @@ def build_variant(
             "architecture": base
         }
     model.default_cfg = model.pretrained_cfg
+    if known:  # so that what is saved of it is complete
+        model._model_args = {key: kwargs[key] for key in known.model_args if key in kwargs}
     attach(model, layer, at=at if at is not None else OFFICIAL_PLACES.get((base, layer)), layer_args=layer_args)
     if pretrained:
         _load_layer(getattr(model, layer), own, config["num_classes"], model.num_classes)
@@ -159,6 +190,26 @@ def _register(name: str, base: str, layer: str) -> None:
     globals()[name] = register_model(entrypoint)
 
 
+def _known(variant: str, config: dict[str, Any]) -> Pretrained | None:
+    """The checkpoint of a tag of ours, if the configuration takes its weights from there."""
+    entry = _TAGS.get(f"{variant}.{config.get('tag')}")
+    ours = entry.pretrained_cfg() if entry else None
+    return entry if ours and all(config.get(key) == getattr(ours, key) for key in _SOURCES) else None
+
+
+def _register_tag(entry: Pretrained) -> None:
+    """Add a tag to what timm knows of a registered variant; its default stays the configuration without weights."""
+    _TAGS[entry.name] = entry
+    config = entry.pretrained_cfg()
+    defaults = default_cfgs[entry.architecture]
+    if entry.tag not in defaults.tags:
+        defaults.tags.append(entry.tag)
+        timm_registry._model_with_tags[entry.architecture].append(entry.name)
+    defaults.cfgs[entry.tag] = config
+    timm_registry._model_pretrained_cfgs[entry.name] = config
+    timm_registry._model_has_pretrained.add(entry.name)
+
+
 def _entrypoint(base: str, layer: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_variant(base, layer, pretrained=pretrained, **kwargs)
@@ -172,26 +223,26 @@ def _check_file(file: str | None) -> None:
         raise FileNotFoundError(f"there are no weights at {str(file)!r}; give the path of a .safetensors or .pth file")
 
 
-def _load_weights(variant: str, config: dict[str, Any], cache_dir: str | None) -> StateDict:
-    """The state dict of the whole model from wherever `config` says; never unpickles code."""
-    source: tuple[str, Any] = _resolve_pretrained_source(config)
-    kind, where = source
-    if not kind:
+def _load_state(
+    base: str, layer: str, config: dict[str, Any], known: Pretrained | None, cache_dir: str | None
+) -> tuple[StateDict, StateDict]:
+    """The weights that `config` names: those of the layer, and those of the network it is on."""
+    variant = f"{base}_{layer}"
+    state = load_weights(config, cache_dir, known.digest if known else None)
+    if state is None:
+        tags = [entry.name for entry in list_pretrained() if entry.architecture == variant]
+        names = f"a tag ({', '.join(tags)})" if tags else "a tag"
         raise RuntimeError(
             f"no weights of the whole model {variant!r} exist under this name; use pretrained_backbone=True for "
-            "timm's weights under a fresh layer, or a tag, a hub id or a folder that has them"
+            f"timm's weights under a fresh layer, or {names}, a hub id or a folder that has them"
         )
-    if kind == "state_dict":
-        return dict(where)
-    if kind == "file":
-        return load_state_dict(where, weights_only=True)
-    if kind == "url":
-        return load_state_dict_from_url(where, map_location="cpu", weights_only=True, model_dir=cache_dir)
-    if kind == "local-dir":
-        return load_state_dict_from_path(where, weights_only=True)
-    if isinstance(where, (tuple, list)):  # hub id and file name
-        return load_state_dict_from_hf(where[0], where[1], weights_only=True, cache_dir=cache_dir)
-    return load_state_dict_from_hf(where, weights_only=True, cache_dir=cache_dir)
+    own, backbone = _split(state, f"{layer}.")
+    if not own:
+        raise ValueError(
+            f"the weights for {variant} hold no {layer!r} layer; for plain {base} weights under a fresh layer use "
+            "pretrained_backbone=True (timm's), or build without weights and load_state_dict(..., strict=False)"
+        )
+    return own, backbone
 
 
 def _split(state: StateDict, prefix: str) -> tuple[StateDict, StateDict]:
@@ -240,3 +291,5 @@ def _features(
 
 
 register_variants()
+for _entry in embedded_pretrained():
+    _register_tag(_entry)

@@ -16,7 +16,7 @@ STRONG = ("autoattack", "plus", "rand", "adaptive")
 """Attacks without one of which a robust accuracy is only an upper bound."""
 
 _SHOWN_CLASSES = 20  # of more than these the best and the worst are shown
-_HIDDEN = ("classes", "autoattack_nonstandard")  # conditions that are shown elsewhere
+_HIDDEN = ("classes", "autoattack_nonstandard", "recipe")  # conditions that are shown elsewhere, or are too long
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,9 +152,13 @@ class Report:
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the report is damaged ({error}); evaluate the model again") from error
 
+    def to_json(self) -> str:
+        """The text of `report.json`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Write JSON to `path`, atomically."""
-        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

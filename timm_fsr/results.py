@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 
+import yaml
 from torch import nn
 
 from timm_fsr.evaluation import evaluate
 from timm_fsr.hub import load, save_pretrained
-from timm_fsr.inference import BATCH_SIZE
+from timm_fsr.inference import BATCH_SIZE, hardware
 from timm_fsr.plots import plot_training
 from timm_fsr.progress import bar
 from timm_fsr.state import Run
@@ -68,6 +69,9 @@ def _training_conditions(run: Run, test: Images) -> dict[str, object]:
         "checkpoint_epoch": selection.epoch,
         "training": f"{run.objective!r}, {run.attack!r}, {optim.epochs} epochs",
         "training_seed": run.recipe.seed,
+        "training_seconds": round(sum(record["seconds"] for record in read_metrics(run)), 1),
+        "training_hardware": hardware(run.accelerator.device, run.accelerator.num_processes),
+        "recipe": yaml.safe_load(run.recipe.to_yaml()),
     }
 
 

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+import timm_fsr
+from timm_fsr.cards import Parts, check_card, read_parts, render_card, without_paths
+from timm_fsr.pretrained import embedded_pretrained
+from timm_fsr.report import Report
+
+CARDS = Path(__file__).parents[1] / "hub_cards"
+REPO = "somebody/tiny"
+
+
+def flags(text: str) -> torch.Tensor:
+    return torch.tensor([letter == "1" for letter in text])
+
+
+def report(**changes: Any) -> Report:
+    values: dict[str, Any] = {
+        "correct": {"clean": flags("1110"), "pgd20": flags("1100"), "autoattack": flags("1000")},
+        "stages": {"autoattack": {"apgd-ce": flags("1010"), "square": flags("1000")}},
+        "attacks": {"pgd20": "PGD(...)", "autoattack": "apgd-ce: ...; square: ..."},
+        "norm": "linf",
+        "eps": 8 / 255,
+        "seed": 3,
+        "labels": torch.arange(4),
+        "conditions": {"data": "uoft-cs/cifar10[test] limited to 4", "data_fingerprint": "abc", "training": "AT(...)"},
+    }
+    return Report(**{**values, **changes})
+
+
+RECIPE = {
+    "seed": 5,
+    "mixed_precision": "bf16",
+    "model": {"name": "resnet_tiny_cifar", "layer": "fsr"},
+    "data": {"source": "uoft-cs/cifar10"},
+    "objective": {"name": "trades"},
+}
+
+
+def parts(tmp_path: Path, found: Report | None = None, recipe: dict[str, Any] | None = None, **kwargs: Any) -> Parts:
+    name = kwargs.pop("name", "resnet_tiny_cifar_fsr")
+    model = timm.create_model(name, **kwargs)
+    timm_fsr.save_pretrained(model, tmp_path, report=found or report(), recipe=recipe or RECIPE)
+    return read_parts(tmp_path)
+
+
+class TestText:
+    def test_it_says_how_robust_by_the_worst_case(self, tmp_path):
+        text = render_card(parts(tmp_path), REPO)
+        assert "Of 4 test images, **25.0 %** stay correctly" in text
+        assert "| clean | 75.0 % | 19.4 % to 99.4 % |" in text  # Clopper-Pearson of 3 in 4
+        assert "| **worst case** | **25.0 %** |" in text
+        assert "by adversarial training (TRADES)" in text
+        assert "upper bounds, not evidence" not in text
+
+    def test_how_to_use_it(self, tmp_path):
+        text = render_card(parts(tmp_path, in_chans=1), REPO, tag="resnet_tiny_cifar_fsr.x")
+        assert text.index("import timm, timm_fsr") < text.index("timm.create_model(")
+        assert 'timm.create_model("hf-hub:somebody/tiny", pretrained=True).eval()' in text
+        assert "(N, 1, 32, 32), pixels in [0, 1] as they are\n```\n" in text
+        assert 'timm.create_model("resnet_tiny_cifar_fsr.x", pretrained=True)` builds the same model' in text
+
+    def test_the_code_in_it_runs(self, tmp_path):
+        """But for the name: the folder takes the place of the repository."""
+        text = render_card(parts(tmp_path), REPO)
+        code = text.split("```python\n")[1].split("```")[0].replace(f"hf-hub:{REPO}", f"local-dir:{tmp_path}")
+        images = torch.rand(2, 3, 32, 32)
+        values: dict[str, Any] = {"images": images}
+        exec(compile(code, "card", "exec"), values)
+        assert values["logits"].shape == (2, 10)
+
+    def test_normalised_images(self, tmp_path):
+        found = parts(tmp_path, name="test_resnet_fsr")
+        assert "normalised by mean 0.5, 0.5, 0.5 and std 0.5, 0.5, 0.5" in render_card(found, REPO)
+
+    def test_weak_attacks_are_called_weak(self, tmp_path):
+        weak = report(correct={"clean": flags("11"), "fgsm": flags("11")}, stages={}, attacks={"fgsm": ""}, labels=None)
+        assert "upper bounds, not evidence of robustness" in render_card(parts(tmp_path, weak), REPO)
+
+    def test_evidence_and_stages(self, tmp_path):
+        evidence = {
+            "images": 200,
+            "eps": {"eps": [0.01, 8 / 255, 0.1, 0.2], "accuracy": [0.7, 0.5, 0.25, 0.1]},
+            "findings": [{"level": "warning", "text": "Square broke more"}, {"level": "ok", "text": "all well"}],
+        }
+        correct = {"clean": flags("1110"), "adaptive": flags("1000")}
+        stages = {"adaptive": {"apgd-ce": flags("1100"), "mask forcing": flags("1000")}}
+        corruptions = {"fog": {"1": 0.5, "2": 0.25}}
+        found = report(
+            correct=correct, stages=stages, evidence=evidence, corruptions=corruptions, notes=("beware",), attacks={}
+        )
+        text = render_card(parts(tmp_path, found), REPO)
+        assert "- **Warning**: Square broke more." in text
+        assert "- Fine: all well." in text
+        assert "| mask forcing | 1 |" in text
+        assert "within 0.1 it keeps 25.0 % of 200 images" in text
+        assert "10.0 %" not in text, "one larger radius is enough"
+        assert "37.5 % mean accuracy" in text
+        assert "Note: beware." in text
+
+    def test_a_baseline_is_set_beside_it(self, tmp_path):
+        correct = {"clean": flags("1110"), "pgd20": flags("0110"), "autoattack": flags("0110")}
+        text = render_card(parts(tmp_path), REPO, baseline=report(correct=correct))
+        assert "| worst case | 25.0 % | 50.0 % |" in text
+        assert "1 images are gained and 2 lost, which is no more than chance explains" in text
+
+    @pytest.mark.parametrize(
+        ("changes", "what"),
+        [
+            ({"eps": 4 / 255}, "threat model"),
+            ({"conditions": {"data_fingerprint": "other"}}, "data"),
+            ({"correct": {"clean": flags("1110")}}, "attacks"),
+        ],
+    )
+    def test_a_baseline_that_cannot_be_compared(self, tmp_path, changes, what):
+        with pytest.raises(ValueError, match=f"the {what} of the baseline's report is .* evaluate both alike"):
+            render_card(parts(tmp_path), REPO, baseline=report(**changes))
+
+    def test_a_plain_network(self, tmp_path):
+        recipe = {**RECIPE, "model": {"name": "resnet_tiny_cifar", "layer": None}}
+        text = render_card(parts(tmp_path, recipe=recipe, name="resnet_tiny_cifar"), REPO)
+        assert "2303.13846" not in text
+        assert "bibtex" not in text
+        assert "mask" not in text
+
+
+class TestMetadata:
+    def test_the_hub_reads_it_as_it_was_meant(self, tmp_path):
+        data = ModelCard(render_card(parts(tmp_path), REPO)).data
+        assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-classification", "apache-2.0")
+        assert data.datasets == ["uoft-cs/cifar10"]
+        assert {"timm", "adversarial-robustness", "arxiv:2303.13846"} <= set(data.tags)
+        found = {result.metric_name: result.metric_value for result in data.eval_results}
+        assert found == {
+            "Accuracy": 75.0,
+            "Robust accuracy (AutoAttack, Linf 8/255)": 25.0,
+            "Robust accuracy (worst case of all attacks, Linf 8/255)": 25.0,
+        }
+        robust = data.eval_results[1].metric_args
+        assert robust == {
+            "n_examples": 4,
+            "seed": 3,
+            "norm": "linf",
+            "eps": pytest.approx(8 / 255),
+            "attack": "apgd-ce, square",
+        }
+
+    def test_the_model_index_goes_there_and_back(self, tmp_path):
+        text = render_card(parts(tmp_path), REPO)
+        data = ModelCard(text).data
+        index = eval_results_to_model_index("tiny", data.eval_results)
+        name, results = model_index_to_eval_results(index)
+        assert name == data.model_name == "tiny"
+        assert results == data.eval_results
+        plain = yaml.safe_load(text.split("---")[1])  # which refuses values of NumPy and other objects
+        assert plain["model-index"] == index
+
+    @pytest.mark.parametrize(
+        ("model", "expected"),
+        [
+            ({"name": "hf-hub:owner/base@v2"}, "owner/base"),
+            ({"name": "resnet18", "pretrained": True}, "timm/resnet18.a1_in1k"),
+            ({"name": "resnet18"}, None),
+        ],
+    )
+    def test_the_base_model_is_the_recipes(self, tmp_path, model, expected):
+        found = parts(tmp_path, recipe={**RECIPE, "model": {**model, "layer": "fsr"}})
+        assert ModelCard(render_card(found, REPO)).data.get("base_model") == expected
+        assert ModelCard(render_card(found, REPO, base_model="a/b")).data.base_model == "a/b"
+
+    def test_a_licence_is_needed(self, tmp_path):
+        found = parts(tmp_path)
+        del found.config["pretrained_cfg"]["license"]
+        with pytest.raises(ValueError, match="names no licence; give one"):
+            render_card(found, REPO)
+        assert "license: mit" in render_card(found, REPO, license="mit")
+
+
+class TestCheck:
+    def test_a_generated_card_passes_also_when_words_are_added(self, tmp_path):
+        found = parts(tmp_path)
+        check_card(render_card(found, REPO) + "\nMore words.\n", found)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("value: 25.0", "value: 35.0", "of another evaluation"),
+            ("library_name: timm", "library_name: transformers", "library_name"),
+            ("license: apache-2.0\n", "", "license"),
+            ("model-index:\n- name: tiny\n", "model-index:\n- name: [\n", "not valid"),
+        ],
+    )
+    def test_others_do_not(self, tmp_path, old, new, message):
+        found = parts(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            check_card(render_card(found, REPO).replace(old, new), found)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/data/me/cifar10[test]", "cifar10[test]"),
+        ("best PGD-10 accuracy on /data/me/cifar10[train] limited", "best PGD-10 accuracy on cifar10[train] limited"),
+        ("~/me/x.npz", "x.npz"),
+        (r"C:\me\data\x.npz", "x.npz"),
+        ("/my data/sets/x and /my data/sets/x", "x and x"),
+        ("https://a.org/b/c", "https://a.org/b/c"),
+        ("eps 8/255", "eps 8/255"),
+        ("uoft-cs/cifar10", "uoft-cs/cifar10"),
+        ("runs/a/b", "runs/a/b"),
+        (3, 3),
+    ],
+)
+def test_where_things_lay_is_nobodys_business(text, expected):
+    assert without_paths({"a": [text]}, ["/my data/sets/x"]) == {"a": [expected]}
+
+
+@pytest.mark.skipif(not CARDS.is_dir(), reason="an installed package has no hub_cards/")
+def test_each_published_card_is_the_generated_one():
+    """Reviewed, committed, pushed unchanged: a card that differs from its report is a false promise."""
+    entries = list(embedded_pretrained())
+    assert {path.stem for path in CARDS.glob("*.md")} - {"README"} == {entry.name for entry in entries}
+    for entry in entries:
+        baseline = CARDS / f"{entry.name}.baseline.json"
+        text = render_card(
+            read_parts(entry.folder),
+            f"timm-fsr/{entry.name}",
+            tag=entry.name,
+            baseline=Report.load(baseline) if baseline.is_file() else None,
+        )
+        assert (CARDS / f"{entry.name}.md").read_text() == text

@@ -1,0 +1,223 @@
+"""Publishing: one commit on the Hub with everything that belongs to a robust model, or none."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
+
+from timm_fsr.cards import CARD, Parts, check_card, read_parts, render_card
+from timm_fsr.hub import load, save_pretrained
+from timm_fsr.pretrained import RECIPE, REPORT
+from timm_fsr.remote import explained, retried
+from timm_fsr.report import Report
+from timm_fsr.weights import CONFIG, RECORD, WEIGHTS
+
+FILES = (CARD, CONFIG, WEIGHTS, RECIPE, REPORT)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a push has led.
+
+    Attributes:
+        repo_id: "user/name".
+        url: of the commit, or of the pull request.
+        commit: its full hash.
+        changed: False if the Hub had all of it already, so that no commit was made.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Push:
+    """What is pushed, and where.
+
+    Attributes:
+        repo_id: "user/name".
+        files: content by name.
+        private: make a new repository private or public; None takes the Hub's default, and any existing one.
+        revision: branch to commit to; made if missing. None is the main one.
+        create_pr: open a pull request instead of committing to the branch.
+        message: of the commit.
+        token: None takes the one that the machine is logged in with.
+    """
+
+    repo_id: str
+    files: Mapping[str, bytes]
+    private: bool | None
+    revision: str | None
+    create_pr: bool
+    message: str
+    token: str | None
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    report: Report,
+    recipe: Mapping[str, Any] | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    token: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    baseline: Report | None = None,
+) -> Published:
+    """Publish a model with its report, recipe and card, in one commit.
+
+    Args:
+        model: what `save_pretrained` takes.
+        repo_id: "user/name"; the repository is made if it does not exist.
+        report: of the evaluation of this very model.
+        recipe: how it was trained; None takes the one that the report of a training run has.
+        private: make a new repository private or public; None takes the Hub's default. An existing one must be so.
+        revision: branch to commit to; made if missing.
+        create_pr: open a pull request instead.
+        message: of the commit.
+        token: None takes HF_TOKEN or the one stored by `hf auth login`.
+        license: of the weights; None takes the one in the model's configuration.
+        base_model: "user/name" that the training started from; None finds it in the recipe.
+        baseline: the report of the same training without the feature layer, for the card.
+
+    Raises:
+        ValueError, FileNotFoundError: a part is missing or does not belong to the others; nothing was sent.
+        PermissionError, ConnectionError: the Hub refused or could not be reached; it holds all of the push or nothing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, report=report, recipe=recipe)
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            token=token,
+            license=license,
+            base_model=base_model,
+            baseline=baseline,
+        )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    token: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    baseline: Report | None = None,
+) -> Published:
+    """Publish a folder that `save_pretrained` wrote; the other arguments and errors are those of `push_to_hub`.
+
+    A card (`README.md`) in the folder is pushed unchanged; without one, one is generated. The folder is only read.
+    Paths of this machine in the report and the recipe are cut to their last part.
+    """
+    files = collect(folder, repo_id, license=license, base_model=base_model, baseline=baseline)
+    message = message or f"Publish {repo_id.rpartition('/')[2]} by timm_fsr"
+    push = Push(repo_id, files, private, revision, create_pr, message, token)
+    with explained(repo_id, writing=True):
+        return retried(lambda: _push(push), once_sent=not create_pr)  # a second pull request would do harm
+
+
+def collect(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    baseline: Report | None = None,
+) -> dict[str, bytes]:
+    """The files of a push by name, after everything that can be checked without the Hub has been.
+
+    Raises:
+        ValueError, FileNotFoundError: see `push_to_hub`.
+    """
+    folder = Path(folder)
+    parts = read_parts(folder)
+    load(str(folder))  # whoever downloads it has to be able to
+    _check_same_weights(parts, folder)
+    if (folder / CARD).is_file():
+        card = (folder / CARD).read_text(encoding="utf-8")
+    else:
+        card = render_card(parts, repo_id, license=license, base_model=base_model, baseline=baseline)
+    check_card(card, parts)
+    return {
+        CARD: card.encode(),
+        CONFIG: (folder / CONFIG).read_bytes(),
+        WEIGHTS: (folder / WEIGHTS).read_bytes(),
+        RECIPE: yaml.safe_dump(dict(parts.recipe), sort_keys=False, allow_unicode=True).encode(),
+        REPORT: parts.report.to_json().encode(),
+    }
+
+
+def _check_same_weights(parts: Parts, folder: Path) -> None:
+    """Refuse a report that is about other weights, which would be a false promise."""
+    judged = parts.report.conditions.get("weights_sha256")
+    saved = parts.config.get(RECORD, {}).get("sha256")
+    if judged is None or saved is None:
+        what = REPORT if judged is None else CONFIG
+        raise ValueError(
+            f"{folder / what} does not say which weights it belongs to, since an older timm_fsr wrote it; save and "
+            "evaluate the model again"
+        )
+    if judged != saved:
+        raise ValueError(
+            f"{folder / REPORT} is about other weights (SHA-256 {judged[:16]}...) than those beside it "
+            f"({saved[:16]}...); evaluate this model"
+        )
+
+
+def _push(push: Push) -> Published:
+    """One try, which finds what an earlier one has done already."""
+    api = HfApi(token=push.token)
+    _prepare_repository(api, push)
+    try:
+        before = api.repo_info(push.repo_id, revision=push.revision).sha
+    except RevisionNotFoundError:
+        before = None
+    if push.revision is not None and before is None and not push.create_pr:
+        api.create_branch(push.repo_id, branch=push.revision, exist_ok=True)
+        before = api.repo_info(push.repo_id, revision=push.revision).sha
+    info = api.create_commit(
+        push.repo_id,
+        [CommitOperationAdd(name, content) for name, content in push.files.items()],
+        commit_message=push.message,
+        revision=push.revision,
+        create_pr=push.create_pr,
+    )
+    return Published(push.repo_id, info.pr_url or info.commit_url, info.oid, info.oid != before)
+
+
+def _prepare_repository(api: HfApi, push: Push) -> None:
+    """Make the repository if it is missing; refuse one whose visibility is not what was asked for."""
+    try:
+        existing = api.repo_info(push.repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(push.repo_id, private=push.private, exist_ok=True)
+        return
+    if push.private is not None and bool(existing.private) != push.private:
+        kinds = {True: "private", False: "public"}
+        raise ValueError(
+            f"{push.repo_id} exists and is {kinds[bool(existing.private)]}, not {kinds[push.private]} as asked for; "
+            "nothing was pushed: change it in its settings on the Hub, leave the option out, or use another name"
+        )
