@@ -15,7 +15,7 @@ class ReadError(TransportError):
     pass
 
 
-class AnsweredError(Exception):
+class Answered(Exception):  # noqa: N818
     def __init__(self, status: int, text: str = "told by the Hub") -> None:
         super().__init__(text)
         self.response = type("Response", (), {"status_code": status})()
@@ -41,7 +41,7 @@ class Flaky:
 
 
 class TestRetried:
-    @pytest.mark.parametrize("error", [*(AnsweredError(s) for s in (409, 412, 429, 500, 502, 503, 504)), ReadError("reset")])
+    @pytest.mark.parametrize("error", [*(Answered(s) for s in (409, 412, 429, 500, 502, 503, 504)), ReadError("reset")])
     def test_what_may_pass_is_tried_again_after_growing_waits(self, waits, error):
         action = Flaky(error, error, error)
         assert retried(action) == "done"
@@ -49,12 +49,14 @@ class TestRetried:
         assert sorted(waits) == waits
 
     def test_but_not_for_ever(self, waits):
-        action = Flaky(*(AnsweredError(503) for _ in range(9)))
-        with pytest.raises(AnsweredError):
+        action = Flaky(*(Answered(503) for _ in range(9)))
+        with pytest.raises(Answered):
             retried(action)
         assert action.calls == 1 + len(remote.WAITS)
 
-    @pytest.mark.parametrize("error", [AnsweredError(401), AnsweredError(403), AnsweredError(404), ValueError("ours"), KeyError("ours")])
+    @pytest.mark.parametrize(
+        "error", [Answered(401), Answered(403), Answered(404), ValueError("ours"), KeyError("ours")]
+    )
     def test_what_stays_is_not(self, waits, error):
         action = Flaky(error)
         with pytest.raises(type(error)):
@@ -66,17 +68,17 @@ class TestRetried:
         with pytest.raises(ReadError):
             retried(action, once_sent=False)
         assert action.calls == 1
-        assert retried(Flaky(AnsweredError(503)), once_sent=False) == "done"  # here the Hub has said that it was not done
+        assert retried(Flaky(Answered(503)), once_sent=False) == "done"  # here the Hub has said that it was not done
 
 
 class TestExplained:
     @pytest.mark.parametrize(
         ("error", "kind", "text"),
         [
-            (AnsweredError(401, "Invalid credentials in Authorization header"), PermissionError, "refused the access token"),
-            (AnsweredError(403), PermissionError, r"does not allow this .*told by the Hub.*hf auth login"),
-            (AnsweredError(503), ConnectionError, "answers 503 to requests for a/b; try again later"),
-            (AnsweredError(412), ConnectionError, "somebody else is changing a/b"),
+            (Answered(401, "Invalid credentials in Authorization header"), PermissionError, "refused the access token"),
+            (Answered(403), PermissionError, r"does not allow this .*told by the Hub.*hf auth login"),
+            (Answered(503), ConnectionError, "answers 503 to requests for a/b; try again later"),
+            (Answered(412), ConnectionError, "somebody else is changing a/b"),
             (ReadError("connection reset"), ConnectionError, r"the connection to the Hub broke \(connection reset\)"),
             (hub_errors.OfflineModeIsEnabled("off"), ConnectionError, "HF_HUB_OFFLINE is set; unset it"),
             (hub_errors.LocalEntryNotFoundError("no"), FileNotFoundError, "a/b is not in the cache"),
@@ -90,13 +92,13 @@ class TestExplained:
 
     def test_the_cause_of_an_error_counts(self):
         outer = hub_errors.LocalEntryNotFoundError("cannot find the file")
-        outer.__cause__ = AnsweredError(503)
+        outer.__cause__ = Answered(503)
         with pytest.raises(ConnectionError, match="answers 503"), explained("a/b"):
             raise outer
 
     def test_a_push_says_in_what_state_things_are(self):
         with pytest.raises(PermissionError, match="nothing of the model was committed"), explained("a/b", writing=True):
-            raise AnsweredError(403)
+            raise Answered(403)
         with pytest.raises(ConnectionError, match="all of this push or nothing"), explained("a/b", writing=True):
             raise ReadError("reset")
 

@@ -297,7 +297,7 @@ def _facts(parts: Parts) -> dict[str, Any]:
         "record": config.get(RECORD, {}),
         "shape": f"(N, {channels}, {height}, {width})",
         "statistics": None if plain else (pretrained_cfg["mean"], pretrained_cfg["std"]),
-        "classes": pretrained_cfg.get("label_names"),
+        "classes": config.get("label_names") or pretrained_cfg.get("label_names"),
         "rows": [_row(report, name) for name in (*report.correct, WORST_CASE)],
         "adaptive": _stages(report, "adaptive"),
         "strong": [name for name in STRONG if name in report.correct],

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,7 @@ def save_pretrained(
             save_file(_plain_tensors(model), scratch / WEIGHTS)
             record = make_record(scratch / WEIGHTS)
             save_config_for_hf(model, str(scratch / CONFIG), model_config={RECORD: record})
+            shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
             if report is not None:
                 (scratch / REPORT).write_text(report.to_json())
             recipe = recipe or (report.conditions.get("recipe") if report else None)

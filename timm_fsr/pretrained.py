@@ -72,7 +72,8 @@ class Pretrained:
         """What timm's registry holds of it."""
         known = {field.name for field in dataclasses.fields(PretrainedCfg)}
         values = {key: value for key, value in self.config["pretrained_cfg"].items() if key in known}
-        values |= {"num_classes": self.config["num_classes"], "architecture": self.architecture, "tag": self.tag}
+        own = {key: self.config[key] for key in ("num_classes", "label_names") if key in self.config}
+        values |= {**own, "architecture": self.architecture, "tag": self.tag}
         tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         file = str(self.weights) if self.weights else None
         return PretrainedCfg(**{**values, **tuples, "custom_load": False, "file": file, "hf_hub_id": self.hub_id})
