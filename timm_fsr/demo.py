@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from timm_fsr.attacks import Attack
@@ -89,7 +90,8 @@ def run_demo(output: str | Path, *, epochs: int | None = None, limit: int | None
 def comparison_table(reports: dict[str, Report], seconds: dict[str, float]) -> Table:
     """One row per model: accuracies in percent with their 95 % intervals, and the time it took."""
     first = next(iter(reports.values()))
-    table = Table(title=f"{first.conditions['data']}, {first.threat}, {first.count} test images, 95 % intervals")
+    title = f"{first.conditions['data']}, {first.threat}, {first.count} test images, 95 % intervals"
+    table = Table(title=escape(title))  # "[test]" would be taken for a colour
     table.add_column("trained", no_wrap=True)
     for name in (*first.correct, "worst_case"):
         table.add_column(name.replace("_", " "), justify="right")

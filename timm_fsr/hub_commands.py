@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -43,7 +44,7 @@ def models_command(arguments: Sequence[str]) -> None:
         right = name in ("clean", "robust", "size")
         table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name == "name")
     for row in rows:
-        table.add_row(*(_cell(key, value) for key, value in row.items()))
+        table.add_row(*(escape(_cell(key, value)) for key, value in row.items()))
     Console(highlight=False, width=None if console.is_terminal else 240).print(table)  # a file has no width
 
 

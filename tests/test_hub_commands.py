@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_fsr
+from timm_fsr import hub_commands
+from timm_fsr.cli import main
+from timm_fsr.hub import weights_digest
+from timm_fsr.report import Report
+
+RECIPE = {"seed": 0, "model": {"name": "resnet_tiny_cifar", "layer": "fsr"}, "data": {"source": "fashion_mnist"}}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = timm.create_model("resnet_tiny_cifar_fsr")
+    right = torch.tensor([True, False])
+    report = Report(
+        correct={"clean": right, "autoattack": right},
+        attacks={"autoattack": "..."},
+        norm="linf",
+        eps=0.1,
+        seed=0,
+        conditions={"data": "fashion_mnist[test]", "weights_sha256": weights_digest(model)},
+    )
+    return timm_fsr.save_pretrained(model, tmp_path / "resnet_tiny_cifar_fsr.toy", report=report, recipe=RECIPE)
+
+
+class TestModels:
+    def test_every_tag_is_listed_with_the_figures_of_its_report(self, monkeypatch, saved, capsys):
+        entry = timm_fsr.pretrained.read_pretrained(saved)
+        monkeypatch.setattr(hub_commands, "list_pretrained", lambda: [entry])
+        assert main(["models"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ["name", "data", "threat", "clean", "robust", "attacks", "images", "size", "source"]
+        row = "resnet_tiny_cifar_fsr.toy fashion_mnist[test] Linf 0.1 50.0 % 50.0 % autoattack 2 1.5 MB package"
+        assert lines[1].split() == row.split()
+        assert main(["models", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["robust"] == 0.5
+
+    def test_weights_elsewhere(self, monkeypatch, saved, capsys):
+        (saved / "model.safetensors").unlink()
+        entry = timm_fsr.pretrained.read_pretrained(saved)
+        monkeypatch.setattr(hub_commands, "list_pretrained", lambda: [entry])
+        monkeypatch.setenv("TIMM_FSR_HUB", "us")
+        assert main(["models"]) == 0
+        assert "hf-hub:us/resnet_tiny_cifar_fsr.toy" in capsys.readouterr().out
+
+    def test_none(self, monkeypatch, capsys):
+        monkeypatch.setattr(hub_commands, "list_pretrained", list)
+        assert main(["models"]) == 0
+        assert "describes no checkpoints" in capsys.readouterr().out
+
+
+class TestCard:
+    def test_it_is_written_beside_the_model(self, saved, capsys):
+        assert main(["card", str(saved), "us/toy", "--tag", "x.y"]) == 0
+        assert "review it before it is pushed" in capsys.readouterr().out
+        text = (saved / "README.md").read_text()
+        assert "hf-hub:us/toy" in text
+        assert 'timm.create_model("x.y"' in text
+
+    def test_elsewhere_with_a_baseline_and_a_licence(self, saved, tmp_path):
+        output = str(tmp_path / "card.md")
+        given = ["card", str(saved), "us/toy", "--output", output, "--license", "mit", "--baseline", str(saved)]
+        assert main(given) == 0
+        text = Path(output).read_text()
+        assert "license: mit" in text
+        assert "Against the same training without the layer" in text
+
+    def test_what_is_missing(self, saved, capsys):
+        (saved / "report.json").unlink()
+        assert main(["card", str(saved), "us/toy"]) == 2
+        assert "lacks report.json" in capsys.readouterr().err
+        assert not (saved / "README.md").exists()
+
+
+class TestPush:
+    def test_a_dry_run_checks_and_sends_nothing(self, saved, capsys):
+        assert main(["push", str(saved), "us/toy", "--dry-run"]) == 0
+        out = capsys.readouterr().out
+        assert "model.safetensors" in out
+        assert "nothing was sent to us/toy" in out
+
+    def test_what_is_wrong_is_one_sentence(self, saved, capsys):
+        (saved / "recipe.yaml").unlink()
+        assert main(["push", str(saved), "us/toy"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("timm-fsr push: error: ")
+        assert "lacks recipe.yaml" in error
+
+    def test_private_and_public_exclude_each_other(self, saved):
+        with pytest.raises(SystemExit):
+            main(["push", str(saved), "us/toy", "--private", "--public"])
+
+    def test_offline_it_says_so(self, saved, capsys):
+        assert main(["push", str(saved), "us/toy"]) == 2
+        assert "HF_HUB_OFFLINE is set; unset it" in " ".join(capsys.readouterr().err.split())
+
+
+def test_numbers_that_are_none(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "x", "--arch", "resnet18_cifar", "--output", str(tmp_path), "--mean", "a,b"])
+    assert "write 0.49,0.48,0.45" in capsys.readouterr().err
