@@ -247,7 +247,7 @@ class TestEntryPoints:
         assert caught.value.code == 0
         printed = capsys.readouterr().out
         assert printed.startswith("usage: timm-fsr")
-        assert "{train,evaluate,report,demo}" in printed
+        assert "{train,evaluate,report,models,card,push,convert,demo}" in printed
 
     @pytest.mark.parametrize(
         "arguments",
@@ -295,3 +295,12 @@ class TestEntryPoints:
     def test_without_a_script_it_says_what_it_wants(self, arguments, capsys):
         assert timm_fsr.run.main(arguments) == 2
         assert "usage: python -m timm_fsr.run SCRIPT.py" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(timm_fsr.cli._COMMANDS, "models", interrupted)
+    assert main(["models"]) == 130
+    assert "timm-fsr models: interrupted; what was written so far is whole" in capsys.readouterr().err

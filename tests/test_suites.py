@@ -303,3 +303,11 @@ class TestOwnSuites:
     def test_what_a_suite_is_built_for_is_plain_data(self):
         assert [f.name for f in fields(Target)] == ["model", "norm", "eps", "seed", "soundness", "sources"]
         assert isinstance(target().soundness, Soundness)
+
+
+@pytest.mark.parametrize("eps", [8.0, 1.5])
+def test_an_eps_in_255ths_is_noticed(eps):
+    """8 for 8/255 gives 0 % and looks like a result."""
+    with pytest.raises(ValueError, match=rf"more than pixels in \[0, 1\] can change by; .* write {eps:g}/255"):
+        check_names(["fgsm"], "linf", eps)
+    check_names(["fgsm"], "l2", eps)

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, 2 after printing what was wrong with the input, or 143 after a SIGTERM (128 + 15, as a shell says it).
+        0, 2 after printing what was wrong with the input, or as a shell says it 130 after Ctrl-C and 143 after a SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="timm-fsr", description=__doc__)
@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InterruptedRunError as stopped:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: {stopped}", markup=False)
         return 143
+    except KeyboardInterrupt:
+        text = f"timm-fsr {command}: interrupted; what was written so far is whole"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+        return 130
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: error: {error}", markup=False)
         return 2

@@ -90,6 +90,10 @@ def check_names(names: Sequence[str], norm: str, eps: float, *, sources: bool = 
         ValueError: an unknown name (the message names the nearest), or a norm or eps that it does not have.
         ModuleNotFoundError: it needs a package that is not installed.
     """
+    if norm == "linf" and eps > 1:
+        raise ValueError(
+            f"eps={eps:g} is more than pixels in [0, 1] can change by; eps is in these units: write {eps:g}/255"
+        )
     for name in expand_names(names):
         if name in AUTOATTACK_SUITES:
             for component in AUTOATTACK_SUITES[name][1]:
