@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, 2 after printing what was wrong with the input, or as a shell says it 130 after Ctrl-C and 143 after a SIGTERM.
+        0, 2 after printing what was wrong with the input, 130 after Ctrl-C, or 143 after a SIGTERM, as shells say it.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="timm-fsr", description=__doc__)

@@ -223,11 +223,11 @@ def _noise(subject: Subject) -> dict[str, Any]:
         corners &= subject.right_on((subject.images + edge).clamp(0, 1), "noisy")
     attacked = subject.robust_to(PGD(norm=subject.norm, eps=subject.eps, steps=20), "noise")
     missed = _share(attacked & ~(uniform & corners))
-    what = f"random noise breaks {100 * missed:.1f} % of the images that PGD-20 missed"
+    what = f"random noise breaks {100 * missed:.1f} % of the images, which PGD-20 missed"
     shares = {"clean": right, "uniform": uniform, "corners": corners, "pgd": attacked}
     return {
         **{name: _share(flags) for name, flags in shares.items()},
-        "findings": [_warn(f"{what}: its gradients are of little use") if missed > 0 else _fine(what)],
+        "findings": [_warn(f"{what}: its gradients are of little use") if missed > _TOLERANCE else _fine(what)],
     }
 
 
