@@ -11,6 +11,7 @@ import timm_fsr
 from timm_fsr import hub_commands
 from timm_fsr.cli import main
 from timm_fsr.hub import weights_digest
+from timm_fsr.publishing import FILES
 from timm_fsr.report import Report
 
 RECIPE = {"seed": 0, "model": {"name": "resnet_tiny_cifar", "layer": "fsr"}, "data": {"source": "fashion_mnist"}}
@@ -86,6 +87,15 @@ class TestPush:
         out = capsys.readouterr().out
         assert "model.safetensors" in out
         assert "nothing was sent to us/toy" in out
+
+    def test_what_would_be_sent_can_be_looked_at(self, saved, tmp_path, capsys):
+        output = tmp_path / "look"
+        assert main(["push", str(saved), "us/toy", "--dry-run", "--output", str(output)]) == 0
+        assert {path.name for path in output.iterdir()} == set(FILES)
+        assert (output / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+        assert main(["push", str(output), "us/toy", "--dry-run"]) == 0, "what would be sent can be sent"
+        assert main(["push", str(saved), "us/toy", "--output", str(output)]) == 2
+        assert "add --dry-run" in capsys.readouterr().err
 
     def test_what_is_wrong_is_one_sentence(self, saved, capsys):
         (saved / "recipe.yaml").unlink()

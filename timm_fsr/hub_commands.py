@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_fsr.cards import CARD, check_card, read_parts, render_card
 from timm_fsr.convert import PLAIN
-from timm_fsr.files import write_text
+from timm_fsr.files import staged, write_text
 from timm_fsr.foreign import convert_checkpoint, read_foreign
 from timm_fsr.hub import save_pretrained
 from timm_fsr.models import list_pretrained
@@ -83,13 +83,14 @@ def push_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--message", help="of the commit")
     parser.add_argument("--dry-run", action="store_true", help="check everything and send nothing")
+    parser.add_argument("--output", metavar="FOLDER", help="with --dry-run: write there what would be sent")
     _add_card_options(parser)
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
+    if options.output and not options.dry_run:
+        raise ValueError("--output belongs to --dry-run: a push writes no files; add --dry-run")
     if options.dry_run:
-        for name, content in collect(options.folder, options.repo_id, **_card_options(options)).items():
-            console.print(f"{len(content):>12,} bytes  {name}", markup=False)
-        console.print(f"all parts are valid; nothing was sent to {options.repo_id}", markup=False)
+        _dry_run(options, console)
         return
     if not (Path(options.folder) / CARD).is_file():
         console.print("the folder has no card, so one is generated; `timm-fsr card` writes it for review", markup=False)
@@ -125,6 +126,18 @@ def convert_command(arguments: Sequence[str]) -> None:
     model: Any = convert_checkpoint(read_foreign(options.file), options.arch, mean=options.mean, std=options.std)
     save_pretrained(model, options.output)
     _tell_conversion(model, options.output)
+
+
+def _dry_run(options: argparse.Namespace, console: Console) -> None:
+    """Collect what would be sent, show it, and write it if asked for."""
+    files = collect(options.folder, options.repo_id, **_card_options(options))
+    for name, content in files.items():
+        console.print(f"{len(content):>12,} bytes  {name}", markup=False)
+    if options.output:
+        with staged(Path(options.output)) as scratch:
+            for name, content in files.items():
+                (scratch / name).write_bytes(content)
+    console.print(f"all parts are valid; nothing was sent to {options.repo_id}", markup=False)
 
 
 def _tell_conversion(model: nn.Module, folder: str) -> None:
