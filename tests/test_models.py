@@ -74,7 +74,7 @@ def test_registering_again_changes_nothing() -> None:
 
 
 def test_a_variant_has_its_base_s_configuration_and_no_weights() -> None:
-    assert timm.list_pretrained("resnet*_fsr") == []
+    assert [name for name in timm.list_pretrained("*_fsr*") if "." not in name] == []
     base, config = (timm.get_pretrained_cfg(name) for name in ("resnet18", "resnet18_fsr"))
     assert base.has_weights
     assert not config.has_weights
