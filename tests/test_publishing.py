@@ -346,6 +346,19 @@ class TestParts:
         with pytest.raises(ValueError, match="does not say which weights"):
             push_folder(saved, "owner/name")
 
+    def test_a_folder_that_changes_meanwhile(self, saved, tmp_path, monkeypatch):
+        """Between the check and the reading, as a training that goes on may do."""
+        other = save(tmp_path / "other", seed=1)
+        original = timm_fsr.publishing.check_card
+
+        def changed(*arguments: Any) -> None:
+            original(*arguments)
+            shutil.copy(other / "model.safetensors", saved)
+
+        monkeypatch.setattr(timm_fsr.publishing, "check_card", changed)
+        with pytest.raises(ValueError, match="was changed while it was read"):
+            push_folder(saved, "owner/name")
+
     def test_the_card_of_another_evaluation(self, saved):
         (saved / "README.md").write_bytes(collect(saved, "owner/name")["README.md"].replace(b"75.0\n", b"95.0\n"))
         with pytest.raises(ValueError, match="the card is of another evaluation"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,10 +163,13 @@ def collect(
     else:
         card = render_card(parts, repo_id, license=license, base_model=base_model, baseline=baseline)
     check_card(card, parts)
+    config, weights = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != parts.config[RECORD]["sha256"] or json.loads(config) != parts.config:
+        raise ValueError(f"{folder} was changed while it was read, as a running training does; push it afterwards")
     return {
         CARD: card.encode(),
-        CONFIG: (folder / CONFIG).read_bytes(),
-        WEIGHTS: (folder / WEIGHTS).read_bytes(),
+        CONFIG: config,
+        WEIGHTS: weights,
         RECIPE: yaml.safe_dump(dict(parts.recipe), sort_keys=False, allow_unicode=True).encode(),
         REPORT: parts.report.to_json().encode(),
     }
