@@ -79,6 +79,7 @@ class TestResults:
             *(f"{kind}/{file}" for kind in ("best", "last") for file in ("config.json", "model.safetensors")),
             *(f"checkpoints/step-00000000{step}/{file}" for step in (3, 6) for file in CHECKPOINT),
             "best/report.json",
+            "best/recipe.yaml",
             "evaluation/outcomes/0.jsonl",
             "report.json",
             "metrics.jsonl",
@@ -143,7 +144,17 @@ class TestRepeatability:
             for folder in (tmp_path, run[0])
         )
         assert one == other
-        assert (tmp_path / "report.json").read_bytes() == (run[0] / "report.json").read_bytes()
+        reports = [Report.load(folder / "report.json").to_dict() for folder in (tmp_path, run[0])]
+        assert [report["conditions"].pop("training_seconds") > 0 for report in reports] == [True, True]
+        assert reports[0] == reports[1]
+
+    def test_the_report_and_the_best_model_have_the_recipe_without_its_folder(self, run):
+        recipe = Report.load(run[0] / "report.json").conditions["recipe"]
+        assert recipe == yaml.safe_load((run[0] / "best" / "recipe.yaml").read_text())
+        whole = yaml.safe_load((run[0] / "recipe.yaml").read_text())
+        assert {key: whole[key] for key in recipe} == recipe
+        assert set(whole) - set(recipe) == {"output", "overwrite", "resume"}
+        Recipe.load(run[0] / "best" / "recipe.yaml").check()
 
     def test_another_seed_gives_others(self, run, tmp_path):
         train(tiny(tmp_path, "--seed=1", "--evaluation.attacks=[]"))

@@ -62,6 +62,7 @@ def _plot(run: Run) -> None:
 
 def _training_conditions(run: Run, test: Images) -> dict[str, object]:
     optim, selection = run.recipe.optim, run.progress.selection
+    recipe = yaml.safe_load(run.recipe.to_yaml())
     return {
         "data_fingerprint": test.fingerprint,
         "training_data": run.data.name,
@@ -71,7 +72,7 @@ def _training_conditions(run: Run, test: Images) -> dict[str, object]:
         "training_seed": run.recipe.seed,
         "training_seconds": round(sum(record["seconds"] for record in read_metrics(run)), 1),
         "training_hardware": hardware(run.accelerator.device, run.accelerator.num_processes),
-        "recipe": yaml.safe_load(run.recipe.to_yaml()),
+        "recipe": {key: value for key, value in recipe.items() if key not in ("output", "overwrite", "resume")},
     }
 
 
