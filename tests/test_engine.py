@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
