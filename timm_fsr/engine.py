@@ -21,8 +21,10 @@ from torch import nn
 from timm_fsr.batches import training_batches
 from timm_fsr.data import epoch_steps
 from timm_fsr.files import write_text
+from timm_fsr.folding import Folding, find_folding
 from timm_fsr.hub import save_pretrained
 from timm_fsr.launch import build_accelerator
+from timm_fsr.objectives import unwrapped
 from timm_fsr.pixels import PixelModel
 from timm_fsr.progress import bar
 from timm_fsr.recipe import Recipe
@@ -171,6 +173,9 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
         whole=whole,
         objective=recipe.objective.build(),
         attack=recipe.attack.build(),
+        folding=Folding()
+        if whole is not None
+        else find_folding(unwrapped(prepared), torch.zeros(1, *data.image_size, device=device)),
         data=data.to(device),
         extra=None if extra is None else extra.to(device),
         held_out=held_out.to(device),

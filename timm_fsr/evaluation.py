@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks import attack_mode
 from timm_fsr.autoattack import implementation_version
 from timm_fsr.data import derive_generator
+from timm_fsr.folding import Folding, find_folding
 from timm_fsr.hub import base_model, weights_digest
 from timm_fsr.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
 from timm_fsr.outcomes import (
@@ -144,12 +145,8 @@ def evaluate(
                     work.evaluate_batch(index, images.to(device), labels.to(device))
     parts = [work.result()] if accelerator is None else gather_object([work.result()])
     report = _put_together(parts, norm, float(eps), seed)
-    conditions = {
-        **_conditions(model, name, data_name, device, world),
-        **report.conditions,
-        "model_digest": key["model"],
-    }
-    report.conditions.update(conditions)
+    own, found = _conditions(model, name, data_name, device, world), dict(report.conditions)
+    report.conditions.update({**own, **found, "model_digest": key["model"]})
     return report
 
 
@@ -194,6 +191,7 @@ class _Work:
     progress: Callable[[Standing], None] | None
     suites: list[Suite] = field(default_factory=list)
     soundness: Soundness | None = None
+    folding: Folding = field(default_factory=Folding)
     outcomes: dict[int, dict[str, Any]] = field(default_factory=dict)
     standing: Standing = Standing(0, 0, CLEAN)
 
@@ -229,6 +227,7 @@ class _Work:
     def _prepare(self, images: Tensor, labels: Tensor) -> None:
         norm, eps, seed = self.threat
         self.soundness = examine(self.model, images, labels)
+        self.folding = find_folding(self.model, images)
         target = Target(self.model, norm, eps, seed, self.soundness, self.sources)
         for name in self.names:
             self.suites += [name] if isinstance(name, Suite) else build_suites([name], target)
@@ -287,7 +286,8 @@ class _Work:
         stream = f"evaluate {suite.name}" if len(suite.stages) == 1 else f"evaluate {suite.name} {stage.name}"
         generator = derive_generator(seed, 0, index, 0, images.device, stream=stream)
         torch.manual_seed(generator.initial_seed())  # of a model that is random itself
-        attacked = stage.run(self.model, images, labels, generator)
+        with self.folding.applied():  # for the attack alone: the model itself decides what has become of the images
+            attacked = stage.run(self.model, images, labels, generator)
         _check_budget(attacked, images, norm, eps, stage.name)
         return attacked
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from timm_fsr.attacks import Attack
 from timm_fsr.checkpoints import Checkpoints
 from timm_fsr.data import ImageData
+from timm_fsr.folding import Folding
 from timm_fsr.objectives import Objective
 from timm_fsr.recipe import Recipe
 from timm_fsr.selection import Selection
@@ -89,6 +90,7 @@ class Run:
         whole: a copy of `timm_model` that is not sharded, under FSDP; `refresh_whole` brings it up to date.
         objective: the training method.
         attack: at full eps.
+        folding: what of the model is folded while it is attacked.
         data: training images.
         extra: images mixed into each batch, if asked for.
         held_out: images that choose the best checkpoint.
@@ -108,6 +110,7 @@ class Run:
     whole: nn.Module | None
     objective: Objective
     attack: Attack
+    folding: Folding
     data: Images
     extra: ImageData | None
     held_out: Images

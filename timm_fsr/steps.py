@@ -92,7 +92,8 @@ def _backward(run: Run, attack: Attack, images: Tensor, labels: Tensor, epoch: i
     starts = derive_generator(*place, accelerator.device, stream="attack" + suffix)
     noise = derive_generator(*place, stream="model" + suffix).initial_seed()  # of masks and dropout, torch's own
     torch.manual_seed(noise)
-    adversarial = run.objective.craft(run.prepared, attack, images, labels, generator=starts)
+    with run.folding.applied():
+        adversarial = run.objective.craft(run.prepared, attack, images, labels, generator=starts)
 
     def loss_for_awp() -> Tensor:
         terms = run.objective.terms(unwrapped(run.prepared), attack, images, adversarial, labels)
