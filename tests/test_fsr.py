@@ -257,6 +257,7 @@ def test_the_paper_s_numbers_are_the_defaults() -> None:
         "recalibration_weight": 1.0,
         "noise": True,
         "feature_norm": False,
+        "mode": "both",
     }
 
 

@@ -43,6 +43,14 @@ def logits(batch: int = 4, classes: int = CLASSES) -> Tensor:
     return torch.randn(batch, classes, generator=torch.Generator().manual_seed(2))
 
 
+def move_weights(layer: FeatureLayer) -> None:
+    """Away from where they start: behind a scale that starts at 0 no weight has a gradient before the first step."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(4, 6, 6), (2, 5, 9), (3, 2, 2)])
 @pytest.mark.parametrize("with_labels", [True, False])
@@ -93,6 +101,7 @@ def test_it_works_without_gradients(layer: FeatureLayer, training: bool) -> None
 
 
 def test_gradients_reach_the_feature_and_every_parameter(layer: FeatureLayer) -> None:
+    move_weights(layer)
     feature = features().requires_grad_()
     out, aux = layer.train()(feature, labels())
     main = (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum()

@@ -304,6 +304,15 @@ def test_a_layer_may_prefer_other_places():
     assert paths(weightless("test_resnet"), default_at=("stages",)) == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
 
 
+def test_a_layer_for_each_stage_is_put_where_it_can_be():
+    assert paths(weightless("test_vit"), default_at=("stages",)) == [f"blocks.{index}" for index in range(5)]
+    assert len(paths(weightless("test_vit", global_pool="avg"), default_at=("stages",))) == 6
+    (last,) = places(weightless("tnt_s_patch16_224", depth=2, global_pool="avg"))
+    assert paths(weightless("tnt_s_patch16_224", depth=2, global_pool="avg"), default_at=("stages",)) == [last.path]
+    with pytest.raises(ValueError, match="pools its class token"):
+        places(weightless("test_vit"), "stages")  # who asks for them by name hears why one is impossible
+
+
 @pytest.mark.parametrize(
     ("name", "at", "message"),
     [

@@ -237,12 +237,18 @@ def _load_state(
             f"timm's weights under a fresh layer, or {names}, a hub id or a folder that has them"
         )
     own, backbone = _split(state, f"{layer}.")
-    if not own:
+    if not own and _has_weights(layer):
         raise ValueError(
             f"the weights for {variant} hold no {layer!r} layer; for plain {base} weights under a fresh layer use "
             "pretrained_backbone=True (timm's), or build without weights and load_state_dict(..., strict=False)"
         )
     return own, backbone
+
+
+def _has_weights(layer: str) -> bool:
+    """Whether a layer leaves anything in a state dict; k-WTA and pruning do not."""
+    with torch.device("meta"):
+        return bool(layer_class(layer)(1, 1).state_dict())
 
 
 def _split(state: StateDict, prefix: str) -> tuple[StateDict, StateDict]:

@@ -119,10 +119,15 @@ def run_probe(model: nn.Module) -> Probe:
 
 
 def _default_places(model: nn.Module, probe: Probe, default_at: tuple[int | str, ...]) -> list[Place]:
-    """The layer's own default; the last stage moves back to the nearest earlier place that works."""
+    """The layer's own default: the last stage moves back to the nearest place that works; "stages" are those that do.
+
+    So a layer at each stage of a ViT that pools its class token leaves out the last.
+    """
     info = [entry["module"] for entry in _feature_info(model)]
     if default_at == (-1,) and info and not _last_features(model):
         return [_first_place(model, probe, info[::-1])]
+    if default_at == ("stages",):
+        return _working_places(model, probe) or _default_places(model, probe, (-1,))
     return [place for token in default_at for place in _places(model, probe, token)]
 
 
@@ -131,6 +136,17 @@ def _places(model: nn.Module, probe: Probe, token: int | str) -> list[Place]:
     if token == -1 and (names := _last_features(model)):
         return [_first_place(model, probe, names)]
     return [_place(model, probe, name) for name in _names(model, token)]
+
+
+def _working_places(model: nn.Module, probe: Probe) -> list[Place]:
+    """The stages that a feature layer can be hooked onto."""
+    places = []
+    for name in _names(model, "stages") if _feature_info(model) else ():
+        try:
+            places.append(_place(model, probe, name))
+        except ValueError:
+            continue
+    return places
 
 
 def _first_place(model: nn.Module, probe: Probe, names: list[str]) -> Place:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ class FeatureLayer(nn.Module):
         name: registry name; the key prefix of the weights and of the loss terms.
         default_at: the place its paper puts it, as the `at` of `timm_fsr.attach`.
         surrogates: names of the stand-ins for its gradients that the layer knows; an adaptive attack selects each of
-            them in turn. "bypass" and "identity" are the sites' own and work for every layer.
+            them in turn. "bypass" and "identity" are the sites' own and work for every layer. A layer whose arguments
+            leave a stand-in without meaning takes it out of its own list.
         surrogate: the one that is selected by `timm_fsr.surrogates.surrogate`; None is the layer itself.
         wants_aux: set by the site before each forward pass: whether anybody will look at the auxiliary
             outputs. A layer skips what only they need when it is False.
@@ -31,7 +32,7 @@ class FeatureLayer(nn.Module):
 
     name: ClassVar[str]
     default_at: ClassVar[tuple[int | str, ...]] = (-1,)
-    surrogates: ClassVar[tuple[str, ...]] = ()
+    surrogates: tuple[str, ...] = ()
     surrogate: str | None = None
     wants_aux: bool = True
 
@@ -111,6 +112,21 @@ def check_layer_args(layer: type[FeatureLayer], args: Mapping[str, Any]) -> None
         if not _same_type(value, defaults[key]):
             kind = type(defaults[key]).__name__
             raise ValueError(f"{layer.name!r} takes {key} as {kind} (default {defaults[key]!r}), not {value!r}")
+
+
+def check_choice(layer: type[FeatureLayer], key: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a `value` of the argument `key` that is none of `choices`.
+
+    Raises:
+        ValueError: it is none; the message names the nearest and all.
+    """
+    if value not in choices:
+        raise ValueError(unknown(f"{key} of the feature layer {layer.name!r}", value, list(choices)))
+
+
+def with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
+    """`value` going forward, `surrogate` going backward."""
+    return surrogate + (value - surrogate).detach()
 
 
 def _same_type(value: Any, default: Any) -> bool:

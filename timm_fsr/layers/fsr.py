@@ -8,10 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.base import Aux, FeatureLayer, check_choice, register_layer, with_gradient_of
 
 _WIDE = 10.0
 """Factor on tau of the surrogate "wide_tau"."""
+_MASK_SURROGATES = ("wide_tau", "straight_through", "detached_mask")
+"""Those that change the gradient of the mask."""
+_MODES: dict[str, tuple[str, ...]] = {
+    "both": (*_MASK_SURROGATES, "robust_part"),
+    "separation": _MASK_SURROGATES,
+    "recalibration": (),
+}
+"""What of the layer is there, and the surrogates that then mean something."""
 
 
 @register_layer
@@ -33,6 +41,11 @@ class FSR(FeatureLayer):
     on the pooled f+, f- and f~ gives the auxiliary logits of the losses. The mask, its logits and the auxiliary
     logits are float32 also under autocast.
 
+    Two ablations, which the released code does not have, leave one half out, with its network and its losses:
+
+        mode "separation"       out = m * f        the non-robust part is deactivated
+        mode "recalibration"    out = f + R(f)     nothing is separated: with a mask of 0 all of f is recalibrated
+
     Args:
         channels: C of the feature map.
         num_classes: classes of the auxiliary head; 0 builds none (then there are no auxiliary losses).
@@ -43,13 +56,14 @@ class FSR(FeatureLayer):
         noise: draw Gumbel noise while training.
         feature_norm: normalise what S and R see over C, H, W (GroupNorm with one group), for backbones that hand
             over signed, un-normalised features; not in the paper.
+        mode: "both" (the paper's), "separation" or "recalibration".
 
     Raises:
-        ValueError: a width, temperature or weight out of range.
+        ValueError: a width, temperature or weight out of range, or an unknown mode.
     """
 
     name: ClassVar[str] = "fsr"
-    surrogates: ClassVar[tuple[str, ...]] = ("wide_tau", "straight_through", "detached_mask", "robust_part")
+    surrogates: tuple[str, ...] = _MODES["both"]
 
     def __init__(
         self,
@@ -62,8 +76,10 @@ class FSR(FeatureLayer):
         recalibration_weight: float = 1.0,
         noise: bool = True,
         feature_norm: bool = False,
+        mode: str = "both",
     ) -> None:
         super().__init__()
+        check_choice(type(self), "mode", mode, _MODES)
         if hidden < 1:
             raise ValueError(f"hidden={hidden} must be at least 1: it is the width of two convolutions")
         if not tau > 0:
@@ -80,15 +96,17 @@ class FSR(FeatureLayer):
         self.recalibration_weight = recalibration_weight
         self.noise = noise
         self.feature_norm = feature_norm
+        self.mode = mode
+        self.surrogates = _MODES[mode]
         self.norm = nn.GroupNorm(1, channels) if feature_norm else nn.Identity()
-        self.separation = _three_convolutions(channels, hidden)
-        self.recalibration = _three_convolutions(channels, hidden)
+        self.separation = None if mode == "recalibration" else _three_convolutions(channels, hidden)
+        self.recalibration = None if mode == "separation" else _three_convolutions(channels, hidden)
         self.head: nn.Linear | None = None
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the auxiliary head by a fresh one for `num_classes` classes (0: none)."""
-        weight = next(self.separation.parameters())
+        weight = next(module.weight for module in self.modules() if isinstance(module, nn.Conv2d))
         self.head = nn.Linear(self.channels, num_classes).to(weight.device, weight.dtype) if num_classes else None
 
     def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Aux]:
@@ -96,8 +114,14 @@ class FSR(FeatureLayer):
 
         Returns:
             The recalibrated feature map, and with `wants_aux` the `mask` (N, C, H, W) in [0, 1] and the
-            `robust_logits`, `nonrobust_logits`, `recalibrated_logits` (N, classes), all float32.
+            `robust_logits`, `nonrobust_logits`, `recalibrated_logits` (N, classes), all float32; of these only what
+            the mode has.
         """
+        aux: Aux = {}
+        if self.separation is None:
+            out = self._recalibrate(feature)
+            self._classify(aux, "recalibrated", out)
+            return out, aux
         mask_logits = self.separation(self.norm(feature)).float()
         if self.training and self.noise:
             mask_logits = mask_logits + logistic_noise(mask_logits)
@@ -105,20 +129,21 @@ class FSR(FeatureLayer):
         keep = mask.to(feature.dtype)
         robust = keep * feature
         nonrobust = feature - robust
-        recalibrated = nonrobust + (1 - keep) * self.recalibration(self.norm(nonrobust)).to(feature.dtype)
-        aux: Aux = {}
         if self.wants_aux:
             aux["mask"] = mask
-            if self.head is not None:
-                aux["robust_logits"] = self._classify(robust)
-                aux["nonrobust_logits"] = self._classify(nonrobust)
-                aux["recalibrated_logits"] = self._classify(recalibrated)
+        self._classify(aux, "robust", robust)
+        self._classify(aux, "nonrobust", nonrobust)
+        if self.recalibration is None:
+            return robust, aux
+        recalibrated = self._recalibrate(nonrobust, 1 - keep)
+        self._classify(aux, "recalibrated", recalibrated)
         return robust if self.surrogate == "robust_part" else robust + recalibrated, aux
 
     def aux_losses(self, aux: Aux, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Separation loss (paper, equation 4) and recalibration loss (equation 6), weighted, means over the batch.
 
-        The non-robust part is taught the strongest wrong class of the main `logits`.
+        The non-robust part is taught the strongest wrong class of the main `logits`. A mode without one of the
+        networks is without its loss.
         """
         if self.head is None:
             raise ValueError(
@@ -130,31 +155,32 @@ class FSR(FeatureLayer):
                 f"the model gives {logits.shape[1]} logits but FSR's auxiliary head {self.head.out_features}; "
                 "change the number of classes with model.reset_classifier(), which resets both"
             )
-        separation = F.cross_entropy(aux["robust_logits"], labels)
-        separation = separation + F.cross_entropy(aux["nonrobust_logits"], strongest_wrong_class(logits, labels))
-        recalibration = F.cross_entropy(aux["recalibrated_logits"], labels)
-        return {
-            "separation": self.separation_weight * separation,
-            "recalibration": self.recalibration_weight * recalibration,
-        }
+        losses = {}
+        if self.separation is not None:
+            robust = F.cross_entropy(aux["robust_logits"], labels)
+            nonrobust = F.cross_entropy(aux["nonrobust_logits"], strongest_wrong_class(logits, labels))
+            losses["separation"] = self.separation_weight * (robust + nonrobust)
+        if self.recalibration is not None:
+            losses["recalibration"] = self.recalibration_weight * F.cross_entropy(aux["recalibrated_logits"], labels)
+        return losses
 
     def _mask(self, logits: Tensor) -> Tensor:
         """The mask of `logits`, with the gradient of the selected surrogate."""
         mask = torch.sigmoid(logits / self.tau)
         if self.surrogate == "wide_tau":
-            return _with_gradient_of(torch.sigmoid(logits / (_WIDE * self.tau)), mask)
+            return with_gradient_of(torch.sigmoid(logits / (_WIDE * self.tau)), mask)
         if self.surrogate == "straight_through":
-            return _with_gradient_of(logits, mask)
+            return with_gradient_of(logits, mask)
         return mask.detach() if self.surrogate == "detached_mask" else mask
 
-    def _classify(self, feature: Tensor) -> Tensor:
-        assert self.head is not None
-        return self.head(feature.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
+    def _recalibrate(self, nonrobust: Tensor, gate: Tensor | float = 1.0) -> Tensor:
+        assert self.recalibration is not None
+        return nonrobust + gate * self.recalibration(self.norm(nonrobust)).to(nonrobust.dtype)
 
-
-def _with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
-    """`value` going forward, `surrogate` going backward."""
-    return surrogate + (value - surrogate).detach()
+    def _classify(self, aux: Aux, name: str, feature: Tensor) -> None:
+        """Add the auxiliary logits of a part of the feature map to `aux`, if they are wanted."""
+        if self.wants_aux and self.head is not None:
+            aux[f"{name}_logits"] = self.head(feature.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
 
 
 def logistic_noise(like: Tensor) -> Tensor:
