@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.base import Aux, FeatureLayer, register_layer, with_gradient_of
 
 _WIDE = 10.0
 """Factor on tau of the surrogate "wide_tau"."""
@@ -81,8 +81,8 @@ class FSR(FeatureLayer):
         self.noise = noise
         self.feature_norm = feature_norm
         self.norm = nn.GroupNorm(1, channels) if feature_norm else nn.Identity()
-        self.separation = _three_convolutions(channels, hidden)
-        self.recalibration = _three_convolutions(channels, hidden)
+        self.separation = three_convolutions(channels, hidden)
+        self.recalibration = three_convolutions(channels, hidden)
         self.head: nn.Linear | None = None
         self.reset_classifier(num_classes)
 
@@ -139,22 +139,21 @@ class FSR(FeatureLayer):
         }
 
     def _mask(self, logits: Tensor) -> Tensor:
-        """The mask of `logits`, with the gradient of the selected surrogate."""
-        mask = torch.sigmoid(logits / self.tau)
-        if self.surrogate == "wide_tau":
-            return _with_gradient_of(torch.sigmoid(logits / (_WIDE * self.tau)), mask)
-        if self.surrogate == "straight_through":
-            return _with_gradient_of(logits, mask)
-        return mask.detach() if self.surrogate == "detached_mask" else mask
+        return soft_mask(logits, self.tau, self.surrogate)
 
     def _classify(self, feature: Tensor) -> Tensor:
         assert self.head is not None
         return self.head(feature.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
 
 
-def _with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
-    """`value` going forward, `surrogate` going backward."""
-    return surrogate + (value - surrogate).detach()
+def soft_mask(logits: Tensor, tau: float, surrogate: str | None = None) -> Tensor:
+    """The mask sigmoid(logits / tau), with the gradient of the selected surrogate."""
+    mask = torch.sigmoid(logits / tau)
+    if surrogate == "wide_tau":
+        return with_gradient_of(torch.sigmoid(logits / (_WIDE * tau)), mask)
+    if surrogate == "straight_through":
+        return with_gradient_of(logits, mask)
+    return mask.detach() if surrogate == "detached_mask" else mask
 
 
 def logistic_noise(like: Tensor) -> Tensor:
@@ -174,7 +173,7 @@ def strongest_wrong_class(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.detach().masked_fill(true_class, float("-inf")).argmax(dim=1)
 
 
-def _three_convolutions(channels: int, hidden: int) -> nn.Sequential:
+def three_convolutions(channels: int, hidden: int) -> nn.Sequential:
     """The shape of S and R: two convolution-BN-ReLU blocks of width `hidden`, and a convolution back to C."""
     return nn.Sequential(
         nn.Conv2d(channels, hidden, 3, padding=1, bias=False),
