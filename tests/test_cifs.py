@@ -171,6 +171,21 @@ def test_a_hidden_layer_works_under_autocast_without_gradients_and_in_half_preci
     assert layer.bfloat16()(features().bfloat16(), labels())[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_hidden_layer_compiles_without_a_break(training):
+    layer = make("mlp").train(training)
+    torch.compiler.reset()
+    found = []
+    for runner in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+        feature = features().requires_grad_()
+        out, aux = runner(feature, labels())
+        loss = out.square().sum() + aux["logits"].square().sum()
+        found.append((out, *torch.autograd.grad(loss, [feature, *layer.parameters()])))
+    torch.compiler.reset()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="unknown probe 'linaer'; did you mean 'linear'"):
         CIFS(CHANNELS, CLASSES, probe="linaer")

@@ -122,7 +122,7 @@ def test_surrogates_change_the_mask_s_gradient_alone(layer, name):
 
 @pytest.mark.parametrize(
     ("model", "place"),
-    [("resnet_tiny_cifar", "act1"), ("resnet18", "act1"), ("preact_resnet18_cifar", "stem")],
+    [("resnet_tiny_cifar", "act1"), ("resnet18", "act1"), ("preact_resnet18_cifar", "stem.conv")],
 )
 def test_it_sits_after_the_stem(model, place):
     with torch.device("meta"):
