@@ -220,6 +220,58 @@ def test_half_precision_weights(layer: FeatureLayer) -> None:
         assert all(value.dtype == torch.float32 for value in losses.values())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_it_compiles_without_a_break(layer: FeatureLayer, training: bool) -> None:
+    """Both with gradients, of which the tracing is the same under each backend that computes as eager mode does."""
+    layer.train(training)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = []
+    for runner in (compiled, layer):
+        torch.manual_seed(0)
+        feature = features().requires_grad_()
+        out, aux = runner(feature, labels())
+        (gradient,) = torch.autograd.grad(out.square().sum(), feature)
+        found.append((out, gradient, *aux.values()))
+    torch.compiler.reset()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_it_exports(layer: FeatureLayer) -> None:
+    layer.eval().wants_aux = False
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(layer, (features(),), dynamic_shapes=({0: batch},))
+    for count in (2, 5):
+        out, _ = program.module()(features(count))
+        torch.testing.assert_close(out, layer(features(count))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_attack_losses_are_one_weighted_value_per_image(layer: FeatureLayer) -> None:
+    layer.eval()
+    (_, aux), (_, clean) = layer(features().requires_grad_()), layer(features() + 0.1)
+    for before in (None, clean):
+        found = layer.attack_losses(aux, logits(), labels(), before)
+        if found is None or not layer.attack_weight:
+            assert not layer.attack_weight
+            continue
+        assert found.shape == (4,)
+        assert found.dtype == torch.float32
+        assert found.requires_grad
+        layer.attack_weight *= 2
+        torch.testing.assert_close(layer.attack_losses(aux, logits(), labels(), before), 2 * found)
+        layer.attack_weight /= 2
+
+
+def test_surrogates_change_gradients_and_not_values(layer: FeatureLayer) -> None:
+    """But for those that attacks are only transferred from, as FSR's robust part."""
+    layer.eval()
+    expected = layer(features())[0]
+    for layer_surrogate in set(layer.surrogates) - {"robust_part"}:
+        layer.surrogate = layer_surrogate
+        torch.testing.assert_close(layer(features())[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_unknown_argument_names_the_nearest(name: str) -> None:
     for key in layer_defaults(layer_class(name)):
         with pytest.raises(ValueError, match=f"{name!r} '{key}x'; did you mean .*'{key}'"):

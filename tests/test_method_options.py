@@ -21,7 +21,7 @@ from timm_fsr.method_options import (
     ObjectiveOptions,
     OptimOptions,
 )
-from timm_fsr.objectives import AT, MART, TRADES, Natural
+from timm_fsr.objectives import AFD, AT, MART, TRADES, Natural
 
 NAMES = ("pgd", "fgsm", "fgsm_rs", "n_fgsm")
 NAN = float("nan")
@@ -97,6 +97,7 @@ class TestObjective:
         "at": {"grad_align": 0.2},
         "trades": {"beta": 3, "label_smoothing": 0.1},
         "mart": {"beta": 4.0},
+        "afd": {"alignment": 3.0},
     }
 
     @pytest.mark.parametrize(
@@ -106,6 +107,7 @@ class TestObjective:
             ("trades", TRADES(beta=6), TRADES(beta=3, label_smoothing=0.1)),
             ("mart", MART(beta=5), MART(beta=4)),
             ("natural", Natural(), Natural()),
+            ("afd", AFD(alignment=25), AFD(alignment=3)),
         ],
     )
     def test_one_line_changes_the_method_and_finds_its_own_arguments(self, name, plain, configured):

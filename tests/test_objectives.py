@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import timm_fsr
 from timm_fsr.attacks import PGD, LossFunction, attack_mode
-from timm_fsr.objectives import AT, MART, OBJECTIVES, TRADES, LossTerms, Natural, Objective
+from timm_fsr.objectives import AFD, AT, MART, OBJECTIVES, TRADES, LossTerms, Natural, Objective
 
 FSR_TERMS = ["fsr.separation", "fsr.recalibration"]
 
@@ -102,8 +102,12 @@ def fsr_model() -> nn.Module:
 
 
 @pytest.fixture(params=OBJECTIVES)
-def objective(request: pytest.FixtureRequest) -> Objective:
-    return OBJECTIVES[request.param]()
+def objective(request: pytest.FixtureRequest, model: nn.Module) -> Objective:
+    """Begun on `model`, which gets the feature layer that the method needs."""
+    method = OBJECTIVES[request.param]()
+    if method.layer is not None:
+        timm_fsr.attach(model, method.layer)
+    return method.begin(model)
 
 
 class TestTerms:
@@ -136,6 +140,7 @@ class TestTerms:
             AT: {"adversarial": model(brighter(images()))},
             TRADES: {"clean": clean, "adversarial": attacked},
             MART: {"clean": clean, "adversarial": attacked},
+            AFD: {"adversarial": model(brighter(images()))},
         }[type(objective)]
         assert list(terms.logits) == list(expected)
         for kind, logits in terms.logits.items():
@@ -163,7 +168,9 @@ class TestTerms:
             type(objective)(label_smoothing=smoothing)
 
     @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
-    @pytest.mark.parametrize(("method", "name"), [(AT, "grad_align"), (TRADES, "beta"), (MART, "beta")])
+    @pytest.mark.parametrize(
+        ("method", "name"), [(AT, "grad_align"), (TRADES, "beta"), (MART, "beta"), (AFD, "alignment")]
+    )
     def test_bad_weights_are_refused(self, method, name, weight):
         with pytest.raises(ValueError, match=f"{name}={weight} must be 0 or more"):
             method(**{name: weight})
@@ -180,7 +187,7 @@ class TestManners:
         objective(model, attack, images(), labels(), generator=starts.manual_seed(5))
         after = state(model)
         model.load_state_dict(before)
-        model(adversarial if isinstance(objective, (Natural, AT)) else torch.cat([images(), adversarial]))
+        model(adversarial if isinstance(objective, (Natural, AT, AFD)) else torch.cat([images(), adversarial]))
         assert same_state(model, after)
         moved = [key for key in after if not torch.equal(after[key], before[key])]
         assert "bn1.running_mean" in moved
@@ -206,9 +213,9 @@ class TestManners:
         assert all(module.training for module in model.modules())
         assert all(parameter.requires_grad for parameter in model.parameters())
 
-    def test_no_tape_stays_behind(self, fsr_model, objective):
-        objective(fsr_model, Brighten(fsr_model), images(), labels())
-        assert all(group.tape is None for group in timm_fsr.sites.layer_groups(fsr_model))
+    def test_no_tape_stays_behind(self, model, objective):
+        objective(model, Brighten(model), images(), labels())
+        assert all(group.tape is None for group in timm_fsr.sites.layer_groups(model))
 
 
 # On two processes.

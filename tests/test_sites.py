@@ -245,3 +245,27 @@ def test_prefix_tokens_leave_the_site_as_they_came() -> None:
     plain, layered = outputs
     assert torch.equal(plain[:, :4], layered[:, :4])
     assert not torch.allclose(plain[:, 4:], layered[:, 4:])
+
+
+# Every layer, at its own place.
+
+
+@pytest.mark.parametrize("layer", timm_fsr.list_layers())
+def test_every_layer_runs_trains_and_leaves_on_every_backbone(backbone: TinyBackbone, layer: str) -> None:
+    model = backbone.create().eval()
+    before, expected = state(model), model(backbone.images())
+    timm_fsr.attach(model, layer)
+    with torch.no_grad():
+        out = model(backbone.images())
+        assert torch.equal(out, model(backbone.images()))
+    assert out.shape == expected.shape
+    assert out.isfinite().all()
+    with timm_fsr.record(model.train(), labels(2)) as tape:
+        logits = model(backbone.images())
+    (logits.square().mean() + sum(tape.losses(logits).values())).backward()
+    assert all(parameter.grad is not None for parameter in getattr(model, layer).parameters())
+    clone = copy.deepcopy(timm_fsr.attach(backbone.create(), layer))
+    clone.load_state_dict(model.state_dict())
+    assert torch.equal(clone.eval()(backbone.images()), model.eval()(backbone.images()))
+    timm_fsr.detach(model).load_state_dict(before)
+    assert torch.equal(model(backbone.images()), expected)

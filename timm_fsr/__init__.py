@@ -12,7 +12,7 @@ from timm_fsr.attacks import FGSM, NFGSM, PGD, attack_mode
 from timm_fsr.convert import convert_official
 from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
 from timm_fsr.models import list_pretrained, register_pretrained  # and registers the timm variants
-from timm_fsr.objectives import AT, MART, TRADES, Natural, Objective
+from timm_fsr.objectives import AFD, AT, MART, TRADES, Natural, Objective
 from timm_fsr.pixels import PixelModel
 from timm_fsr.sites import attach, detach, reattach, record
 from timm_fsr.version import __version__
@@ -49,6 +49,7 @@ _LATER = {
 }
 
 __all__ = [
+    "AFD",
     "APGD",
     "AT",
     "FGSM",

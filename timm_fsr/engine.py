@@ -158,6 +158,7 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
     optimizer = recipe.optim.build(timm_model)
     options = recipe.optim
     ema = ModelEmaV3(timm_model, options.ema_decay, use_warmup=options.ema_warmup) if options.ema_decay else None
+    objective = recipe.objective.build().begin(PixelModel(timm_model).to(device))
     whole = copy.deepcopy(timm_model) if accelerator.distributed_type == DistributedType.FSDP else None
     if recipe.compile is not None:
         timm_model.compile(backend=recipe.compile)
@@ -171,7 +172,7 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
         schedule=recipe.optim.build_schedule(optimizer, steps_per_epoch),
         ema=ema,
         whole=whole,
-        objective=recipe.objective.build(),
+        objective=objective,
         attack=recipe.attack.build(),
         folding=Folding()
         if whole is not None

@@ -104,7 +104,8 @@ class ObjectiveOptions:
     """The training method.
 
     Attributes:
-        name: "at", "trades", "mart" or "natural"; this line alone decides which is trained by.
+        name: "at", "trades", "mart", "natural", or "afd", which fine-tunes with the feature layer of that name; this
+            line alone decides which is trained by.
         args: keyword arguments of each objective by its name: {trades: {beta: 6}, at: {label_smoothing: 0.1}}.
     """
 
@@ -130,7 +131,7 @@ def _objective(name: str, args: Any) -> Objective:
             f"objective.args.{name} is {args!r}; write arguments by the name of their objective, such as "
             "args: {trades: {beta: 6}}"
         )
-    known = [entry.name for entry in dataclasses.fields(OBJECTIVES[name])]
+    known = [entry.name for entry in dataclasses.fields(OBJECTIVES[name]) if entry.init]
     for key in args:
         if key not in known:
             raise ValueError(unknown(f"argument of the objective {name!r}", key, known))

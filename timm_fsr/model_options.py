@@ -39,6 +39,11 @@ class ModelOptions:
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it begins with trained weights."""
+        return self.pretrained or is_trained(resolve(self.name))
+
     def check(self) -> None:
         """Raise ValueError for a model, layer, place or argument that does not exist, without building weights.
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import dataclasses
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_fsr.attacks import Attack, LossFunction, attack_mode, eval_mode, random_in_ball
-from timm_fsr.sites import record
+from timm_fsr.attacks import Attack, LossFunction, attack_mode
+from timm_fsr.passes import attack_loss, divergence, forward, gradient_misalignment, joins_attacks, joint_forward
+from timm_fsr.sites import Tape, record
+from timm_fsr.surrogates import feature_layers
+
+Method = TypeVar("Method", bound="Objective")
 
 
 class LossTerms(dict[str, Tensor]):
@@ -38,9 +45,15 @@ class Objective:
 
     Attributes:
         label_smoothing: in [0, 1), of the main cross-entropy of the training loss only.
+        layer: name of the feature layer that the method cannot do without, if any.
+        fine_tunes: the method starts from a trained model.
+        teacher: a frozen model that the method learns from, if any; `begin` makes it.
     """
 
+    layer: ClassVar[str | None] = None
+    fine_tunes: ClassVar[bool] = False
     label_smoothing: float = 0.0
+    teacher: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -66,6 +79,13 @@ class Objective:
         """
         adversarial = self.craft(model, attack, images, labels, generator=generator)
         return self.terms(model, attack, images, adversarial, labels)
+
+    def begin(self: Method, model: nn.Module) -> Method:
+        """The objective for the training of `model`, in pixel space and as it is before its first step.
+
+        The same objective unless the method keeps something of the model as it began.
+        """
+        return self
 
     @property
     def attacks(self) -> bool:
@@ -94,8 +114,11 @@ class Objective:
             return attack(self.attack_loss(inner, images, labels), images, generator=generator)
 
     def attack_loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossFunction:
-        """What the attack maximises, one value per image; called with the model in attack mode."""
-        return lambda candidate: F.cross_entropy(model(candidate).float(), labels, reduction="none")
+        """What the attack maximises, one value per image; called with the model in attack mode.
+
+        Feature layers that have an `attack_weight` add a term of their own, as their papers' attacks have it.
+        """
+        return attack_loss(model, labels, lambda logits: F.cross_entropy(logits, labels, reduction="none"))
 
     def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
         """What to minimise, given the adversarial images of `craft`; a single forward pass of `model`."""
@@ -119,7 +142,7 @@ class Natural(Objective):
 
     def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
         """The term "natural" and the auxiliary ones; `attack` and `adversarial` are not used."""
-        logits, aux = _forward(model, images, labels)
+        logits, aux = forward(model, images, labels)
         terms = LossTerms(natural=self._cross_entropy(logits, labels), **aux)
         terms.logits = {"clean": logits.detach()}
         return terms
@@ -147,10 +170,10 @@ class AT(Objective):
 
     def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
         """The term "adversarial", "grad_align" if asked for, and the auxiliary ones."""
-        logits, aux = _forward(model, adversarial, labels)
+        logits, aux = forward(model, adversarial, labels)
         terms = LossTerms(adversarial=self._cross_entropy(logits, labels), **aux)
         if self.grad_align:
-            terms["grad_align"] = self.grad_align * _gradient_misalignment(model, attack, images, labels)
+            terms["grad_align"] = self.grad_align * gradient_misalignment(unwrapped(model), attack, images, labels)
         terms.logits = {"adversarial": logits.detach()}
         return terms
 
@@ -187,17 +210,18 @@ class TRADES(Objective):
             )
 
     def attack_loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossFunction:
-        """KL divergence of the attacked image's class probabilities from the clean image's."""
-        with torch.no_grad():
+        """KL divergence of the attacked image's class probabilities from the clean image's, and layers' terms."""
+        heard = record(model) if joins_attacks(model) else nullcontext()
+        with torch.no_grad(), heard as tape:
             clean = model(images).float().log_softmax(dim=1)
-        return lambda candidate: _divergence(clean, model(candidate).float().log_softmax(dim=1))
+        return attack_loss(model, labels, lambda logits: divergence(clean, logits.log_softmax(dim=1)), tape)
 
     def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
         """The terms "natural" and "consistency", and the auxiliary ones."""
         if not self.beta:
             return Natural(label_smoothing=self.label_smoothing).terms(model, attack, images, images, labels)
-        clean, attacked, aux = _joint_forward(model, images, adversarial, labels)
-        consistency = _divergence(clean.log_softmax(dim=1), attacked.log_softmax(dim=1)).mean()
+        clean, attacked, aux = joint_forward(model, images, adversarial, labels)
+        consistency = divergence(clean.log_softmax(dim=1), attacked.log_softmax(dim=1)).mean()
         terms = LossTerms(natural=self._cross_entropy(clean, labels), consistency=self.beta * consistency, **aux)
         terms.logits = {"clean": clean.detach(), "adversarial": attacked.detach()}
         return terms
@@ -222,23 +246,83 @@ class MART(Objective):
 
     def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
         """The terms "adversarial", "margin" and "consistency", and the auxiliary ones."""
-        clean, attacked, aux = _joint_forward(model, images, adversarial, labels)
+        clean, attacked, aux = joint_forward(model, images, adversarial, labels)
         own = F.one_hot(labels, clean.shape[1]).bool()
         probabilities = attacked.softmax(dim=1)
         rival = probabilities.masked_fill(own, 0).amax(dim=1)
         weights = 1.0000001 - clean.softmax(dim=1)[own]  # these small numbers are the original code's
-        divergence = _divergence(clean.log_softmax(dim=1), (probabilities + 1e-12).log())
+        apart = divergence(clean.log_softmax(dim=1), (probabilities + 1e-12).log())
         terms = LossTerms(
             adversarial=self._cross_entropy(attacked, labels),
             margin=-(1.0001 - rival + 1e-12).log().mean(),
-            consistency=self.beta * (weights * divergence).mean(),
+            consistency=self.beta * (weights * apart).mean(),
             **aux,
         )
         terms.logits = {"clean": clean.detach(), "adversarial": attacked.detach()}
         return terms
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"natural": Natural, "at": AT, "trades": TRADES, "mart": MART}
+@dataclass(frozen=True, kw_only=True)
+class AFD(Objective):
+    """Adversarial fine-tuning via disentanglement (Zhou et al., AAAI 2025, arXiv 2401.14707).
+
+    Cross-entropy on adversarial images + alignment * (1 - cos(i, t)), where i are the pooled intrinsic features of the
+    adversarial images, as the feature layer "afd" gives them, and t those that the teacher has of the clean images. The
+    teacher is the model as it was before this training, frozen and in eval mode. The layer's own terms disentangle
+    the features. The attack maximises the cross-entropy.
+
+    Attributes:
+        label_smoothing: see `Objective`.
+        alignment: weight of the alignment with the teacher (gamma, 25 in the paper for ResNet-18 on CIFAR-10).
+    """
+
+    layer: ClassVar[str | None] = "afd"
+    fine_tunes: ClassVar[bool] = True
+    alignment: float = 25.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_weight("alignment", self.alignment)
+
+    def begin(self, model: nn.Module) -> AFD:
+        """The objective with a frozen copy of `model` for its teacher.
+
+        Raises:
+            ValueError: the model has no feature layer "afd".
+        """
+        if not any(layer.name == self.layer for layer in feature_layers(model)):
+            raise ValueError(
+                f"AFD needs the feature layer {self.layer!r}, which the model does not have; attach it, or set "
+                f"model.layer={self.layer} in the recipe"
+            )
+        objective = dataclasses.replace(self)
+        teacher = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+        object.__setattr__(objective, "teacher", teacher)
+        return objective
+
+    def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
+        """The terms "adversarial" and "alignment", and the auxiliary ones."""
+        if self.teacher is None:
+            raise ValueError("AFD has no teacher yet; train with objective.begin(model), called before the first step")
+        with torch.no_grad(), record(self.teacher) as taught:
+            self.teacher(images)
+        with record(model, labels) as tape:
+            logits = model(adversarial).float()
+        pairs = zip(self._intrinsic(tape), self._intrinsic(taught), strict=True)
+        apart = torch.stack([1 - F.cosine_similarity(mine, wanted, dim=1).mean() for mine, wanted in pairs])
+        terms = LossTerms(
+            adversarial=self._cross_entropy(logits, labels),
+            alignment=self.alignment * apart.mean(),
+            **tape.losses(logits, labels),
+        )
+        terms.logits = {"adversarial": logits.detach()}
+        return terms
+
+    def _intrinsic(self, tape: Tape) -> list[Tensor]:
+        return [aux["intrinsic"] for site, aux in tape.recorded() if site.layer.name == self.layer]
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"natural": Natural, "at": AT, "trades": TRADES, "mart": MART, "afd": AFD}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -249,53 +333,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _check_weight(name: str, weight: float) -> None:
     if not 0 <= weight < float("inf"):
         raise ValueError(f"{name}={weight} must be 0 or more: it weighs a loss term")
-
-
-def _forward(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits (N, classes) and auxiliary terms."""
-    with record(model, labels) as tape:
-        logits = model(images).float()
-    return logits, tape.losses(logits, labels)
-
-
-def _joint_forward(
-    model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Logits of clean and adversarial images, both (N, classes), and the adversarial ones' auxiliary terms."""
-    with record(model, labels.repeat(2)) as tape:
-        clean, attacked = model(torch.cat([images, adversarial])).float().chunk(2)
-    return clean, attacked, tape.losses(attacked, labels, rows=slice(len(images), None))
-
-
-def _divergence(clean: Tensor, attacked: Tensor) -> Tensor:
-    """KL(exp(clean) || exp(attacked)) of log-probabilities (N, classes), one value per image (N,).
-
-    From the logarithms of both: a clean probability that rounds to 0 would have a NaN for its gradient.
-    """
-    return F.kl_div(attacked, clean, reduction="none", log_target=True).sum(dim=1)
-
-
-def _gradient_misalignment(model: nn.Module, attack: Attack, images: Tensor, labels: Tensor) -> Tensor:
-    """1 - mean cosine of the input gradients at the images and at random points of the ball.
-
-    After the main pass, whose BatchNorm update would otherwise change what this one keeps for its backward pass.
-    Attention runs unfused: torch's fused kernels cannot be differentiated twice.
-    """
-    inner = unwrapped(model)
-    noisy = images + random_in_ball(images, getattr(attack, "norm", "linf"), attack.eps)
-    with eval_mode(inner), sdpa_kernel(SDPBackend.MATH):
-        at_image = _input_gradient(inner, images, labels, differentiable=False)
-        at_noise = _input_gradient(inner, noisy, labels, differentiable=True)
-    one, other = at_image.flatten(1), at_noise.flatten(1)
-    # A gradient of zero has no direction: such images are left out, as in the original code.
-    counted = (one.detach().abs().amax(dim=1) > 0) & (other.detach().abs().amax(dim=1) > 0)
-    misaligned = (1 - F.cosine_similarity(one, other, dim=1)).where(counted, 0.0)
-    return misaligned.sum() / counted.sum().clamp_min(1)
-
-
-def _input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *, differentiable: bool) -> Tensor:
-    """Gradient of the summed cross-entropy with respect to the images; differentiable in the parameters if asked."""
-    images = images.detach().requires_grad_(True)
-    loss = F.cross_entropy(model(images).float(), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, images, create_graph=differentiable)
-    return gradient

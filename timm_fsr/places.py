@@ -119,16 +119,22 @@ def run_probe(model: nn.Module) -> Probe:
 
 
 def _default_places(model: nn.Module, probe: Probe, default_at: tuple[int | str, ...]) -> list[Place]:
-    """The layer's own default: the last stage moves back to the nearest place that works; "stages" are those that do.
+    """The layer's own default; the last stage moves back to the nearest earlier place that works.
 
-    So a layer at each stage of a ViT that pools its class token leaves out the last.
+    So do the blocks of the last stage where it has none, or one that cannot reach the logits; "stages" are those that
+    work: a layer at each stage of a ViT that pools its class token leaves out the last.
     """
     info = [entry["module"] for entry in _feature_info(model)]
     if default_at == (-1,) and info and not _last_features(model):
         return [_first_place(model, probe, info[::-1])]
     if default_at == ("stages",):
         return _working_places(model, probe) or _default_places(model, probe, (-1,))
-    return [place for token in default_at for place in _places(model, probe, token)]
+    try:
+        return [place for token in default_at for place in _places(model, probe, token)]
+    except ValueError:
+        if default_at != ("blocks:-1",):
+            raise
+        return _default_places(model, probe, (-1,))
 
 
 def _places(model: nn.Module, probe: Probe, token: int | str) -> list[Place]:

@@ -21,6 +21,7 @@ from timm_fsr.method_options import (
 )
 from timm_fsr.model_options import ModelOptions
 from timm_fsr.notation import options_parser, read_options, write_options
+from timm_fsr.objectives import Objective
 from timm_fsr.suites import check_names
 
 __all__ = [
@@ -110,7 +111,21 @@ class Recipe:
         self._check_passes(twice=bool(getattr(objective, "grad_align", 0.0)))
         names = [*self.evaluation.attacks, self.evaluation.validation]
         check_names(names, self.attack.norm, self.attack.eps, sources=False)
+        self._check_beginning(objective)
         self.model.check()
+
+    def _check_beginning(self, objective: Objective) -> None:
+        """Refuse a model that the objective cannot begin with."""
+        if objective.layer is not None and self.model.layer != objective.layer:
+            raise ValueError(
+                f"objective.name={self.objective.name} needs the feature layer {objective.layer!r}, but model.layer is "
+                f"{self.model.layer}; set model.layer={objective.layer}, or take another objective"
+            )
+        if objective.fine_tunes and not self.model.is_trained:
+            raise ValueError(
+                f"objective.name={self.objective.name} fine-tunes a trained model, but {self.model.name} begins with "
+                "random weights; give the folder or Hub name of a trained model as model.name, or set model.pretrained"
+            )
 
     def _check_passes(self, *, twice: bool) -> None:
         """Refuse what cannot run the model as asked; `twice`: the loss is differentiated twice."""

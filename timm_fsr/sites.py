@@ -119,9 +119,8 @@ class Tape(Mapping[str, SimpleNamespace]):
         labels = self.labels if labels is None else labels
         if labels is None:
             raise ValueError("auxiliary losses need labels; give them to record(model, labels) or to losses()")
-        self.check_fired()
         terms: dict[str, list[Tensor]] = {}
-        for site, recorded in self._aux.values():
+        for site, recorded in self.recorded():
             aux = recorded if rows is None else {name: value[rows] for name, value in recorded.items()}
             losses = site.layer.aux_losses(aux, logits.float(), labels)
             if logits.requires_grad:
@@ -129,6 +128,11 @@ class Tape(Mapping[str, SimpleNamespace]):
             for name, value in losses.items():
                 terms.setdefault(f"{site.layer.name}.{name}", []).append(value)
         return {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    def recorded(self) -> list[tuple[Site, Aux]]:
+        """Each site with its auxiliary tensors; RuntimeError as from `check_fired`."""
+        self.check_fired()
+        return list(self._aux.values())
 
     def check_fired(self) -> None:
         """Raise RuntimeError, naming the remedy, when a site has not been heard since the tape began."""
@@ -194,8 +198,9 @@ def attach(
     group = LayerGroup()
     group.sites, group.stem = [], stem
     num_classes = int(getattr(model, "num_classes", 0) or 0)
-    for place in places:
+    for index, place in enumerate(places):
         new = cls(place.layout.channels, num_classes, **args)
+        new.take_place(index, len(places))
         group[place.name.replace(".", "_")] = new
         group.sites.append(Site(place.name, place.path, place.layout, new, group))
     group.to(*_device_and_dtype(model)).train(model.training)
@@ -364,9 +369,11 @@ def _describe(model: nn.Module, layer: str, group: LayerGroup) -> None:
 
 def _reset_classifier(model: nn.Module, num_classes: int, *args: Any, **kwargs: Any) -> None:
     """The model's own `reset_classifier`, which then resets the auxiliary classifiers too."""
+    where = _device_and_dtype(model)
     type(model).reset_classifier(model, num_classes, *args, **kwargs)  # type: ignore[attr-defined]
     for group in _own_groups(model).values():
         group.reset_classifier(num_classes)
+        group.to(*where)
 
 
 def _root(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from timm_fsr.attacks import Attack
 from timm_fsr.checkpoints import Checkpoints
 from timm_fsr.data import ImageData
 from timm_fsr.folding import Folding
+from timm_fsr.hub import weights_digest
 from timm_fsr.objectives import Objective
 from timm_fsr.recipe import Recipe
 from timm_fsr.selection import Selection
@@ -126,6 +128,11 @@ class Run:
             return self.whole
         return self.timm_model if self.ema is None else self.ema.module
 
+    @functools.cached_property
+    def teacher(self) -> str | None:
+        """Checksum of the weights that the objective learns from, if it has such."""
+        return None if self.objective.teacher is None else weights_digest(self.objective.teacher)
+
     @property
     def checkpoints(self) -> Checkpoints:
         """Where this run's checkpoints are."""
@@ -207,6 +214,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "recipe": fixed_keys(run.recipe),
         "processes": run.accelerator.num_processes,
         "data": [run.data.fingerprint, *([] if run.extra is None else [run.extra.fingerprint])],
+        "teacher": run.teacher,
         "versions": {"timm_fsr": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
 
@@ -227,6 +235,11 @@ def _check_identity(run: Run, saved: dict[str, Any]) -> None:
                 f"the run in {run.recipe.output} had other {what}: {saved[key]}, now {mine[key]}; it can only go on "
                 "with the same"
             )
+    if saved.get("teacher") != mine["teacher"]:
+        raise ValueError(
+            f"the run in {run.recipe.output} began with other weights of {run.recipe.model.name}, and its frozen "
+            "teacher would be another model; put back what it began with, or train into another --output"
+        )
     if saved["versions"] != mine["versions"]:
         run.console.print(
             f"warning: the run was begun with {saved['versions']} and goes on with {mine['versions']}: its results may "

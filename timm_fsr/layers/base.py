@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Aux = dict[str, Tensor]
@@ -28,6 +29,8 @@ class FeatureLayer(nn.Module):
         surrogate: the one that is selected by `timm_fsr.surrogates.surrogate`; None is the layer itself.
         wants_aux: set by the site before each forward pass: whether anybody will look at the auxiliary
             outputs. A layer skips what only they need when it is False.
+        attack_weight: weight of the layer's own term in what training attacks maximise; 0, the default, is none, and
+            then nothing is recorded for it during the attack.
     """
 
     name: ClassVar[str]
@@ -35,9 +38,12 @@ class FeatureLayer(nn.Module):
     surrogates: tuple[str, ...] = ()
     surrogate: str | None = None
     wants_aux: bool = True
+    attack_weight: float = 0.0
 
     def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Aux]:
         """Map `feature` (N, C, H, W) to a tensor of the same shape and dtype; works with `labels=None`.
+
+        In eval mode `labels` (N,) have no influence: a defence that knew them would answer its own question.
 
         Returns:
             The new feature map, and named auxiliary tensors, each with one entry per image along its first
@@ -49,12 +55,64 @@ class FeatureLayer(nn.Module):
         """Weighted scalar loss terms by name, from `aux`, the model's `logits` (N, classes) and `labels` (N,)."""
         return {}
 
+    def attack_losses(self, aux: Aux, logits: Tensor, labels: Tensor, clean: Aux | None = None) -> Tensor | None:
+        """What a training attack maximises besides its main loss: weighted, one value per image (N,), or None.
+
+        Called if `attack_weight` is not 0, with what was recorded in eval mode without labels.
+
+        Args:
+            aux: auxiliary outputs of the attacked images.
+            logits: (N, classes), the model's output for them.
+            labels: (N,) true classes.
+            clean: auxiliary outputs of the clean images, where the attack maximises a divergence from these (TRADES).
+        """
+        return None
+
+    def take_place(self, index: int, count: int) -> None:
+        """Hear from `attach` which of its `count` sites the layer serves, counted from 0; most do not care."""
+
     def reset_classifier(self, num_classes: int) -> None:
         """Give auxiliary classifiers fresh weights for `num_classes` classes (0: none); others do nothing."""
 
     def resolved_args(self) -> dict[str, Any]:
         """Every keyword argument the layer was built with, defaults included, as plain values."""
         return {key: getattr(self, key) for key in layer_defaults(type(self))}
+
+
+def auxiliary_logits(aux: Aux, logits: Tensor) -> Tensor:
+    """The `logits` (N, classes) among a layer's auxiliary outputs.
+
+    Raises:
+        ValueError: there are none, as the model has num_classes=0, or of another width than the model's `logits`.
+    """
+    found = aux.get("logits")
+    if found is None:
+        raise ValueError(
+            "this feature layer has no auxiliary classifier because the model has num_classes=0; "
+            "call model.reset_classifier(number_of_classes) before training"
+        )
+    if found.shape[1] != logits.shape[1]:
+        raise ValueError(
+            f"the model gives {logits.shape[1]} logits but the layer's auxiliary classifier {found.shape[1]}; "
+            "change the number of classes with model.reset_classifier(), which resets both"
+        )
+    return found
+
+
+def prediction_losses(logits: Tensor, labels: Tensor, clean: Tensor | None = None) -> Tensor:
+    """Loss of auxiliary predictions under attack, one value per image (N,), for `FeatureLayer.attack_losses`.
+
+    The cross-entropy of `logits` (N, classes), or their KL divergence from `clean` ones where these are given.
+    """
+    if clean is None:
+        return F.cross_entropy(logits, labels, reduction="none")
+    both = logits.log_softmax(dim=1), clean.log_softmax(dim=1)
+    return F.kl_div(*both, reduction="none", log_target=True).sum(dim=1)
+
+
+def with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
+    """`value` going forward, `surrogate` going backward."""
+    return surrogate + (value - surrogate).detach()
 
 
 LayerClass = TypeVar("LayerClass", bound=type[FeatureLayer])
@@ -122,11 +180,6 @@ def check_choice(layer: type[FeatureLayer], key: str, value: str, choices: Itera
     """
     if value not in choices:
         raise ValueError(unknown(f"{key} of the feature layer {layer.name!r}", value, list(choices)))
-
-
-def with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
-    """`value` going forward, `surrogate` going backward."""
-    return surrogate + (value - surrogate).detach()
 
 
 def _same_type(value: Any, default: Any) -> bool:

@@ -99,8 +99,8 @@ class FSR(FeatureLayer):
         self.mode = mode
         self.surrogates = _MODES[mode]
         self.norm = nn.GroupNorm(1, channels) if feature_norm else nn.Identity()
-        self.separation = None if mode == "recalibration" else _three_convolutions(channels, hidden)
-        self.recalibration = None if mode == "separation" else _three_convolutions(channels, hidden)
+        self.separation = None if mode == "recalibration" else three_convolutions(channels, hidden)
+        self.recalibration = None if mode == "separation" else three_convolutions(channels, hidden)
         self.head: nn.Linear | None = None
         self.reset_classifier(num_classes)
 
@@ -165,13 +165,7 @@ class FSR(FeatureLayer):
         return losses
 
     def _mask(self, logits: Tensor) -> Tensor:
-        """The mask of `logits`, with the gradient of the selected surrogate."""
-        mask = torch.sigmoid(logits / self.tau)
-        if self.surrogate == "wide_tau":
-            return with_gradient_of(torch.sigmoid(logits / (_WIDE * self.tau)), mask)
-        if self.surrogate == "straight_through":
-            return with_gradient_of(logits, mask)
-        return mask.detach() if self.surrogate == "detached_mask" else mask
+        return soft_mask(logits, self.tau, self.surrogate)
 
     def _recalibrate(self, nonrobust: Tensor, gate: Tensor | float = 1.0) -> Tensor:
         assert self.recalibration is not None
@@ -181,6 +175,16 @@ class FSR(FeatureLayer):
         """Add the auxiliary logits of a part of the feature map to `aux`, if they are wanted."""
         if self.wants_aux and self.head is not None:
             aux[f"{name}_logits"] = self.head(feature.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
+
+
+def soft_mask(logits: Tensor, tau: float, surrogate: str | None = None) -> Tensor:
+    """The mask sigmoid(logits / tau), with the gradient of the selected surrogate."""
+    mask = torch.sigmoid(logits / tau)
+    if surrogate == "wide_tau":
+        return with_gradient_of(torch.sigmoid(logits / (_WIDE * tau)), mask)
+    if surrogate == "straight_through":
+        return with_gradient_of(logits, mask)
+    return mask.detach() if surrogate == "detached_mask" else mask
 
 
 def logistic_noise(like: Tensor) -> Tensor:
@@ -200,7 +204,7 @@ def strongest_wrong_class(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.detach().masked_fill(true_class, float("-inf")).argmax(dim=1)
 
 
-def _three_convolutions(channels: int, hidden: int) -> nn.Sequential:
+def three_convolutions(channels: int, hidden: int) -> nn.Sequential:
     """The shape of S and R: two convolution-BN-ReLU blocks of width `hidden`, and a convolution back to C."""
     return nn.Sequential(
         nn.Conv2d(channels, hidden, 3, padding=1, bias=False),
