@@ -71,7 +71,7 @@ def train(recipe: Recipe) -> nn.Module:
     console = Console(quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     try:
         snapshot = _find_snapshot(recipe, accelerator, console)
-        run = _prepare(recipe, accelerator, console)
+        run = prepare(recipe, accelerator, console)
         if snapshot is not None:
             restore(run, *snapshot)
         console.print(_headline(run))
@@ -138,7 +138,7 @@ def _check_nothing_is_lost(recipe: Recipe) -> None:
         )
 
 
-def _prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
+def prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
     """Read the data, build the model from the seed, and hand both to the devices."""
     progress, device = accelerator.is_main_process, accelerator.device
     data, held_out = recipe.data.build(seed=recipe.seed, progress=progress)
