@@ -1,0 +1,272 @@
+"""Trains and attacks the same network with each feature layer at an equal budget, and draws one table and one plot.
+
+    python recipes/compare/compare.py --config recipes/compare/fashion_mnist.yaml
+    python recipes/compare/compare.py --config recipes/compare/cifar10.yaml --methods none fsr fsr:mode=separation cas
+        --places own same --seeds 0 1 --images 1000 --output runs/compare --data.source=FOLDER --optim.epochs=12
+
+A method is "none" (the plain network), a feature layer, or one with arguments ("fsr:tau=1.0,noise=false"). "own" puts
+each layer where its paper does, "same" all of them behind the last stage. All else is the configuration's and equal
+for all: images, epochs, attack, optimizer, schedule, seeds, and the rule that keeps the checkpoint (PGD on held-out
+training images). Every model is then attacked on the same balanced test images; what counts is the worst case over all
+attacks.
+Terms that a layer's paper puts into the training attack come with the layer, and with their cost.
+
+Killed at any time, the same command goes on where it was; `--part 1/2` and `--part 2/2` in two shells share the work.
+The table is written after each model, from the models that are finished. "afd" is fine-tuning of a trained model and
+no such method: it needs `objective.name=afd` and `model.name=FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+import timm_fsr
+from timm_fsr.assessment import assess
+from timm_fsr.data import ImageData
+from timm_fsr.files import write_text
+from timm_fsr.layers import layer_class
+from timm_fsr.page import mcnemar
+from timm_fsr.recipe import Recipe
+from timm_fsr.report import WORST_CASE, Report
+
+PLAIN, OWN, SAME = "none", "own", "same"
+SAME_PLACE = (-1,)
+NOT_TRAINED_FROM_SCRATCH = ("afd",)
+COLUMNS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack", "adaptive": "adaptive", WORST_CASE: "worst"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the comparison.
+
+    Attributes:
+        method: as given on the command line.
+        place: "own" or "same"; the plain network has "own".
+        seed: of everything random in its training and in its attacks.
+    """
+
+    method: str
+    place: str
+    seed: int
+
+    @property
+    def layer(self) -> str | None:
+        """Name of the feature layer."""
+        return None if self.method == PLAIN else self.method.partition(":")[0]
+
+    @property
+    def layer_args(self) -> dict[str, Any]:
+        """Arguments that the method's name gives."""
+        pairs = [pair.partition("=") for pair in filter(None, self.method.partition(":")[2].split(","))]
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its results."""
+        return "_".join([self.method.replace(":", "-").replace("=", "-").replace(",", "-"), self.place, str(self.seed)])
+
+    def recipe(self, base: Recipe, output: Path) -> Recipe:
+        """The configuration with this method's layer, place and seed."""
+        model = dataclasses.replace(base.model, layer=self.layer, at=None)
+        if self.layer is not None:
+            args = {
+                **base.model.layer_args,
+                self.layer: {**base.model.layer_args.get(self.layer, {}), **self.layer_args},
+            }
+            model = dataclasses.replace(model, layer_args=args)
+        if self.place == SAME:
+            model = dataclasses.replace(model, at=list(SAME_PLACE))
+        folder = str(output / self.folder / "training")
+        return dataclasses.replace(base, model=model, seed=self.seed, output=folder, resume=True, overwrite=False)
+
+
+def entries(methods: Sequence[str], places: Sequence[str], seeds: Sequence[int]) -> Iterator[Entry]:
+    """The models to be compared; a layer whose own place is the common one is trained once."""
+    for seed in seeds:
+        for method in methods:
+            for place in places:
+                entry = Entry(method, place, seed)
+                own_is_same = entry.layer is None or layer_class(entry.layer).default_at == SAME_PLACE
+                if not (own_is_same and place == SAME and OWN in places):
+                    yield Entry(method, OWN, seed) if entry.layer is None else entry
+
+
+def judged(entry: Entry, base: Recipe, args: argparse.Namespace) -> Report:
+    """Train the entry's model unless that is done, attack it unless that is done, and return the report."""
+    recipe = entry.recipe(base, args.output)
+    trained = recipe.folder / "report.json"
+    finished = recipe.folder / "best" / "config.json"
+    epochs = recipe.folder / "metrics.jsonl"
+    done = epochs.exists() and len(epochs.read_text().splitlines()) >= recipe.optim.epochs and finished.exists()
+    if not done:
+        timm_fsr.train(recipe)
+    model: Any = timm.create_model(f"local-dir:{recipe.folder / 'best'}", pretrained=True)
+    classes = model.pretrained_cfg["label_names"]
+    test = dataclasses.replace(base.data, limit_test=args.images).build_test(classes, progress=False)
+    if not isinstance(test, ImageData):
+        raise ValueError("the comparison needs its test images in memory; leave out data.streamed")
+    return assess(
+        model.to(args.device),
+        test,
+        args.output / entry.folder / "evaluation",
+        norm=base.attack.norm,
+        eps=base.attack.eps,
+        attacks=args.attacks,
+        seed=entry.seed,
+        name=f"{base.model.name}, {entry.method} ({entry.place} place), seed {entry.seed}",
+        trained=Report.load(trained) if trained.exists() else None,
+        announce=print,
+    )
+
+
+def row(entry: Entry, report: Report, args: argparse.Namespace) -> dict[str, Any]:
+    """What the table and the plot show of one model."""
+    training = args.output / entry.folder / "training"
+    seconds = sum(json.loads(line)["seconds"] for line in (training / "metrics.jsonl").read_text().splitlines())
+    model = timm.create_model(f"local-dir:{training / 'best'}", pretrained=True)
+    names = [name for name in COLUMNS if name in report.accuracy]
+    return {
+        **dataclasses.asdict(entry),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "training_seconds": round(seconds, 1),
+        "images": report.count,
+        "accuracy": {name: round(report.accuracy[name], 4) for name in names},
+        "interval_95": [round(bound, 4) for bound in report.interval(WORST_CASE)],
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], reports: dict[Entry, Report]) -> str:
+    """Markdown: one line a model, with intervals and the images gained and lost against the plain network."""
+    names = [name for name in COLUMNS if name in rows[0]["accuracy"]]
+    head = [
+        "method",
+        "place",
+        "seed",
+        *(COLUMNS[name] for name in names),
+        "95 % interval",
+        "against none",
+        "parameters",
+    ]
+    lines = ["| " + " | ".join([*head, "training time"]) + " |", "| " + " | ".join(["---"] * (len(head) + 1)) + " |"]
+    plain = {one["seed"]: one for one in rows if one["method"] == PLAIN}
+    for one in rows:
+        entry = Entry(one["method"], one["place"], one["seed"])
+        low, high = (100 * bound for bound in one["interval_95"])
+        base = plain.get(one["seed"])
+        against, time = "", f"{one['training_seconds']:.0f} s"
+        if base is not None and base is not one:
+            gained, lost, more = mcnemar(reports[Entry(PLAIN, OWN, one["seed"])], reports[entry], WORST_CASE)
+            against = f"+{gained} -{lost}" + ("" if more else " (chance)")
+            time = f"{one['training_seconds'] / base['training_seconds']:.2f} x"
+        shares = [f"{100 * one['accuracy'][name]:.1f} %" for name in names]
+        cells = [one["method"], one["place"], str(one["seed"]), *shares, f"{low:.1f} to {high:.1f}", against]
+        lines.append("| " + " | ".join([*cells, f"{one['parameters'] / 1e6:.3f} M", time]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Worst-case accuracy against the time of training, relative to the plain network of the same seed."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print('no plot: matplotlib is not installed; pip install "timm-fsr[report]"')
+        return
+    plain = {one["seed"]: one["training_seconds"] for one in rows if one["method"] == PLAIN}
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    labels = list(dict.fromkeys((one["method"], one["place"]) for one in rows))
+    for index, (method, place) in enumerate(labels):
+        mine = [one for one in rows if (one["method"], one["place"]) == (method, place)]
+        cost = [one["training_seconds"] / plain.get(one["seed"], math.nan) for one in mine]
+        robust = [100 * one["accuracy"][WORST_CASE] for one in mine]
+        errors = [
+            [100 * abs(one["accuracy"][WORST_CASE] - one["interval_95"][side]) for one in mine] for side in (0, 1)
+        ]
+        marker = {OWN: "o", SAME: "s"}[place]
+        name = method if method == PLAIN else f"{method}, {place} place"
+        axes.errorbar(cost, robust, yerr=errors, fmt=marker, color=f"C{index % 10}", capsize=3, label=name)
+    axes.set_xlabel("training time, relative to the plain network")
+    axes.set_ylabel("worst-case robust accuracy, % (95 % interval)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def render(found: dict[Entry, Report], args: argparse.Namespace) -> None:
+    """Write `comparison.json`, `comparison.md` and `comparison.png` of the models that are finished."""
+    rows = [row(entry, report, args) for entry, report in found.items()]
+    rows.sort(key=lambda one: (args.methods.index(one["method"]), one["place"], one["seed"]))
+    text = table(rows, found)
+    write_text(args.output / "comparison.json", json.dumps(rows, indent=1) + "\n")
+    write_text(args.output / "comparison.md", text)
+    plot(rows, args.output / "comparison.png")
+    print(f"\n{text}", flush=True)
+
+
+def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The script's own options, and what is left for the configuration.
+
+    Raises:
+        SystemExit: an option that cannot work.
+    """
+    own = [name for name in timm_fsr.list_layers() if name not in NOT_TRAINED_FROM_SCRATCH]
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--config", required=True, help="what all methods have in common")
+    options.add_argument("--methods", nargs="+", default=[PLAIN, *own], help="default: none and every layer")
+    options.add_argument("--places", nargs="+", default=[OWN], choices=(OWN, SAME))
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    options.add_argument("--images", type=int, default=1000, help="balanced test images that are attacked")
+    options.add_argument("--attacks", nargs="+", default=["pgd20", "standard", "adaptive"])
+    options.add_argument("--output", type=Path, help="folder of the results; default: the configuration's")
+    options.add_argument("--part", default="1/1", help="this shell's share of the models, such as 1/2")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args, rest = options.parse_known_args(arguments)
+    for method in args.methods:
+        name = method.partition(":")[0]
+        if name in NOT_TRAINED_FROM_SCRATCH:
+            options.error(f"{name} is fine-tuning of a trained model; train it by --objective.name=afd and evaluate it")
+        if name != PLAIN:
+            layer_class(name)
+    return args, rest
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train and attack what is not yet finished, then draw what is."""
+    try:
+        args, overrides = parse_args(arguments)
+        base = Recipe.load(args.config, overrides)
+        args.output = args.output or base.folder
+        share, shares = (int(number) for number in args.part.split("/"))
+        wanted = list(dict.fromkeys(entries(args.methods, args.places, args.seeds)))
+        for entry in wanted:  # all of them before the first is trained
+            entry.recipe(base, args.output).check()
+        found: dict[Entry, Report] = {}
+        for index, entry in enumerate(wanted):
+            report = args.output / entry.folder / "evaluation" / "report.json"
+            if index % shares == share - 1:
+                print(f"== {entry.method}, {entry.place} place, seed {entry.seed}", flush=True)
+                found[entry] = judged(entry, base, args)
+                render(found, args)
+            elif report.exists():
+                found[entry] = Report.load(report)
+        render(found, args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
