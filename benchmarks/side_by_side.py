@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from timm_fsr import AT, PGD, PixelModel
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub", "pyautoattack", "numpy")
@@ -84,6 +87,35 @@ def time_in_turn(
             seconds[name].append(clock(device) - started)
     reference = tuple(next(iter(seconds.values())))
     return {name: Timing(tuple(values), reference) for name, values in seconds.items()}
+
+
+def adversarial_step(model: nn.Module, images: Tensor, labels: Tensor, *, attack_steps: int) -> Callable[[], None]:
+    """One step of adversarial training as a function: PGD, loss, gradient and SGD, by the package's own objective.
+
+    Args:
+        model: a timm model with at least one parameter, on the device of the images; it is trained.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,).
+        attack_steps: of PGD, Linf 8/255.
+    """
+    pixel_model = PixelModel(model).to(images.device).train()
+    optimizer = torch.optim.SGD(pixel_model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    objective, attack = AT(), PGD(norm="linf", eps=8 / 255, steps=attack_steps)
+    generator = torch.Generator(images.device).manual_seed(0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        objective(pixel_model, attack, images, labels, generator=generator).total().backward()
+        optimizer.step()
+
+    return step
+
+
+def random_batch(count: int, image_size: tuple[int, int, int], classes: int, device: str) -> tuple[Tensor, Tensor]:
+    """Noise in [0, 1] of (channels, height, width) `image_size`, and labels: times do not depend on what is seen."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, *image_size, generator=generator)
+    return images.to(device), torch.randint(classes, (count,), generator=generator).to(device)
 
 
 def clock(device: str = "cpu") -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
+from timm.models import PretrainedCfg
+from timm.models import _registry as timm_registry
 from timm.models._hub import save_for_hf
 from tiny import CLASSES, images, tiny_resnet, total_loss, with_fsr
 from torch import nn
@@ -80,6 +85,46 @@ def test_a_variant_has_its_base_s_configuration_and_no_weights() -> None:
     assert not config.has_weights
     assert config.architecture == "resnet18_fsr"
     assert (config.mean, config.std, config.input_size) == (base.mean, base.std, base.input_size)
+
+
+@pytest.fixture
+def further_layer() -> Iterator[str]:
+    """A made-up layer that has variants of three architectures; afterwards timm knows nothing of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "list_models", lambda: ["resnet18", "resnet18_fsr", "resnet_tiny_cifar", "vgg11"])
+        models.register_variants(("further",))
+    yield "further"
+    for name in (f"{base}_further" for base in ("resnet18", "resnet_tiny_cifar", "vgg11")):
+        timm_registry._clear_model_entries(name)
+        del timm_registry._model_entrypoints[name], models.default_cfgs[name], vars(models)[name]
+        models.__all__.remove(name)
+
+
+def test_variants_of_a_further_layer_are_registered_as_timm_would(further_layer: str) -> None:
+    """And are not variants of variants."""
+    assert timm.list_models("*_further") == ["resnet18_further", "resnet_tiny_cifar_further", "vgg11_further"]
+    assert timm.list_models("*_further", module="models") == timm.list_models("*_further")
+    assert timm.list_models("*_further", pretrained=True) == []
+    assert not timm.is_model_pretrained("resnet18_further")
+    assert set(models.__all__) >= {"resnet18_fsr", "resnet18_further"}
+    bare = dict.fromkeys(("url", "hf_hub_id", "source", "tag")) | {"custom_load": False}
+    for name in ("resnet18", "vgg11"):
+        config = timm.get_pretrained_cfg(f"{name}_further")
+        assert type(config) is PretrainedCfg
+        base = timm.get_pretrained_cfg(name)
+        assert config == dataclasses.replace(base, architecture=f"{name}_further", **bare)
+        assert models.default_cfgs[f"{name}_further"].default == config
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+        timm.get_pretrained_cfg("resnet18_further.a1_in1k")
+    with pytest.raises(ValueError, match="unknown feature layer 'further'"):
+        timm.create_model("resnet18_further")
+
+
+def test_the_garbage_collector_works_again_after_registering() -> None:
+    for switch, state in ((gc.disable, False), (gc.enable, True)):
+        switch()
+        models.register_variants()
+        assert gc.isenabled() is state
 
 
 # Creating.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.layers import is_scriptable
-from timm.models import DefaultCfg, PretrainedCfg, get_pretrained_cfg, model_entrypoint
+from timm.models import DefaultCfg, PretrainedCfg, model_entrypoint
 from timm.models import _registry as timm_registry
 from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
@@ -55,13 +56,25 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 _TAGS: dict[str, Pretrained] = {}  # by "<architecture>.<tag>"
 
 
-def register_variants() -> None:
-    """Register `<architecture>_<layer>` in timm for each supported architecture; twice does nothing new."""
-    for base in timm.list_models():
-        for layer in VARIANT_LAYERS:
-            name = f"{base}_{layer}"
-            if base not in UNSUPPORTED and name not in globals() and not base.endswith(f"_{layer}"):
-                _register(name, base, layer)
+def register_variants(layers: Sequence[str] = VARIANT_LAYERS) -> None:
+    """Register `<architecture>_<layer>` in timm for each supported architecture; twice does nothing new.
+
+    Args:
+        layers: names of feature layers.
+    """
+    listed = __all__.copy()
+    with _uncollected():
+        for base in timm.list_models():
+            if base in UNSUPPORTED or base in default_cfgs:  # a variant is no base of others
+                continue
+            config = timm_registry._model_pretrained_cfgs.get(base) or PretrainedCfg()
+            bare = {**vars(config), **dict.fromkeys(_SOURCES), "custom_load": False, "tag": None}
+            for name, layer in ((f"{base}_{layer}", layer) for layer in layers):
+                if name not in globals():
+                    __all__.clear()  # timm looks each name up in it, which would take longer with every name
+                    _register(name, base, layer, bare)
+                    listed.append(name)
+    __all__[:] = listed
 
 
 def register_pretrained(folder: str | Path) -> str:
@@ -179,15 +192,33 @@ def build_variant(
     return model
 
 
-def _register(name: str, base: str, layer: str) -> None:
-    """Make a module-level entrypoint called `name`, with the base's configuration less its weights."""
-    config = get_pretrained_cfg(base) or PretrainedCfg()
-    without: dict[str, Any] = {**dict.fromkeys(_SOURCES), "custom_load": False, "architecture": name, "tag": None}
-    bare = dataclasses.replace(config, **without)
-    default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": bare})
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within it the garbage collector rests: thousands of new objects, all of which stay, would set it off in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _register(name: str, base: str, layer: str, bare: dict[str, Any]) -> None:
+    """Make a module-level entrypoint called `name`, with the fields of its base's configuration less the weights.
+
+    There are thousands of variants: the configuration is a plain copy, handed to timm after the entrypoint so that it
+    does not copy it again.
+    """
     entrypoint = _entrypoint(base, layer)
     entrypoint.__name__ = entrypoint.__qualname__ = name
     globals()[name] = register_model(entrypoint)
+    config = object.__new__(PretrainedCfg)
+    vars(config).update(bare, architecture=name)
+    default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": config})
+    timm_registry._model_default_cfgs[name] = default_cfgs[name]  # type: ignore[assignment]  # timm's slip
+    timm_registry._model_pretrained_cfgs[name] = config
+    timm_registry._model_with_tags[name].append(name)
 
 
 def _known(variant: str, config: dict[str, Any]) -> Pretrained | None:

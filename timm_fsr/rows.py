@@ -174,7 +174,7 @@ def mode_of(pictures: Sequence[Image.Image]) -> str:
 def fit(picture: Image.Image, mode: str, size: tuple[int, int] | None) -> np.ndarray:
     """Uint8 array (H, W, C), scaled bicubically with antialiasing and centre-cropped if `size` is given."""
     picture = picture if picture.mode == mode else picture.convert(mode)
-    if size is not None:
+    if size is not None and picture.size != size[::-1]:
         picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
     return pixels_of(picture)
 

@@ -22,6 +22,7 @@ from timm_fsr.rows import MODES, Rows, check_range, fit, mode_of, pixels_of
 from timm_fsr.sources import open_rows
 
 _TRIES = 10  # as torchvision's RandomResizedCrop
+_TOGETHER = 8  # images read at once: asking the table for one costs as much as decoding a small one
 
 
 @dataclass(frozen=True)
@@ -269,20 +270,30 @@ class _Samples(Dataset[Tensor]):
 
     def __getitems__(self, indices: list[int]) -> Tensor | str:
         """Uint8 images (B, C, H, W), or what is wrong with one: the loader would bury an exception in a traceback."""
+        parts = [indices[start : start + _TOGETHER] for start in range(0, len(indices), _TOGETHER)]
         try:
-            arrays = [self._decode(index) for index in indices]
+            arrays = [array for part in parts for array in self._decode(part)]
         except ValueError as error:
             return str(error)
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
-    def _decode(self, index: int) -> np.ndarray:
-        pictures = self.rows.read([index])
+    def _decode(self, indices: list[int]) -> list[np.ndarray]:
+        pictures = self._read(indices)
         self.rows.check_mode(pictures, self.mode, self.channels)
         if self.crop is None:
-            return fit(pictures[0], self.mode, self.size)
+            return [fit(picture, self.mode, self.size) for picture in pictures]
+        return [self._cropped(picture, index, self.crop) for picture, index in zip(pictures, indices, strict=True)]
+
+    def _read(self, indices: list[int]) -> list[Image.Image]:
+        try:
+            return self.rows.read(indices)
+        except ValueError:  # one by one, for the message to name the broken image
+            return [picture for index in indices for picture in self.rows.read([index])]
+
+    def _cropped(self, picture: Image.Image, index: int, crop: ResizedCrop) -> np.ndarray:
         generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")
-        picture = pictures[0] if pictures[0].mode == self.mode else pictures[0].convert(self.mode)
-        return pixels_of(self.crop(picture, self.size, generator))
+        picture = picture if picture.mode == self.mode else picture.convert(self.mode)
+        return pixels_of(crop(picture, self.size, generator))
 
 
 def _outlive_sigterm(_worker: int) -> None:
