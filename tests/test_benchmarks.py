@@ -58,8 +58,8 @@ def test_every_entry_of_the_table_is_a_script() -> None:
     assert set(SCRIPTS) >= TINY.keys()
 
 
-def test_fsr_s_overhead_is_what_its_layers_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On ResNet-18, +1,259,018 parameters; the FLOPs are those of its convolutions, six of them at 4x4 pixels."""
+def test_fsr_s_flops_are_those_of_its_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two branches of three 3x3 convolutions, on the last feature map: 64 channels of 8x8 for images of 64x64."""
     figures = run("overhead", TINY["overhead"].split(), tmp_path, monkeypatch)
     variants = figures["networks"]["resnet_tiny_cifar"]["variants"]
     pixels, channels, hidden = (64 // 8) ** 2, 64, 64
