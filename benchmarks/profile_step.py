@@ -113,8 +113,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    flags = [f"--model.name={args.model}", f"--mixed_precision={args.precision}"]
-    flags += [f"--compile={args.compile}"] if args.compile else []
+    flags = [f"--mixed_precision={args.precision}", *([f"--compile={args.compile}"] if args.compile else [])]
     with tempfile.TemporaryDirectory() as folder:
         run = our_run(args, Path(folder), *flags)
         images = torch.rand(args.batch, 3, 32, 32).to(args.device, memory_format=torch.channels_last)

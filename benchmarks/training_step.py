@@ -43,7 +43,7 @@ from timm_fsr.state import Run
 from timm_fsr.steps import take_step
 
 EPS, STEP = 8 / 255, 2 / 255
-ARCHITECTURE = "resnet18_cifar_fsr"
+ARCHITECTURE = "resnet18_cifar"  # the official code's ResNet-18
 OFFICIAL, OURS = "official", "ours"
 
 Step = Callable[[Tensor, Tensor], object]
@@ -121,7 +121,7 @@ def our_run(args: argparse.Namespace, folder: Path, *flags: str) -> Run:
     recipe = Recipe.load(
         overrides=[
             f"--output={folder / 'run'}",
-            f"--model.name={ARCHITECTURE.removesuffix('_fsr')}",
+            f"--model.name={args.model}",
             "--model.layer=fsr",
             f"--data.source={source}",
             "--data.held_out=20",
@@ -180,7 +180,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
     """How far attack, loss terms and gradients are from the official ones, with the same weights and no noise."""
     torch.manual_seed(0)
     official = Official(args.official, args.device, args.steps)
-    ours = timm.create_model(ARCHITECTURE, num_classes=10, fsr_noise=False).to(args.device)
+    ours = timm.create_model(f"{ARCHITECTURE}_fsr", num_classes=10, fsr_noise=False).to(args.device)
     ours.load_state_dict(timm_fsr.convert_official(official.net.state_dict()))
     images, labels = batch_of(args)
     torch.manual_seed(1)
@@ -260,20 +260,29 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     options = parser(__doc__, "training_step")
     options.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the official repository")
+    options.add_argument("--model", default=ARCHITECTURE, help="another network, if ours alone are compared")
     options.add_argument("--batch", type=int, default=64, help="images of a step")
     options.add_argument("--steps", type=int, default=10, help="steps of the attack")
     options.add_argument("--rounds", type=int, default=5, help="timed rounds")
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--compile", metavar="BACKEND", help="add compiled variants, such as by inductor")
     options.add_argument("--peak", help=argparse.SUPPRESS)
-    return options.parse_args()
+    args = options.parse_args()
+    if args.official and args.model != ARCHITECTURE:
+        options.error(f"the official code is compared on {ARCHITECTURE}; leave out --model")
+    return args
 
 
 def main() -> None:
     """Compare, time in turn, measure memory, print and write."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    results: dict[str, Any] = {"batch": args.batch, "attack_steps": args.steps, "device": args.device}
+    results: dict[str, Any] = {
+        "model": args.model,
+        "batch": args.batch,
+        "attack_steps": args.steps,
+        "device": args.device,
+    }
     with tempfile.TemporaryDirectory() as folder:
         if args.peak is None and args.official:
             results["relative_errors"] = errors = compare(args)

@@ -63,13 +63,11 @@ def trained(model: nn.Module) -> nn.Module:
 # The registry.
 
 
-def test_every_architecture_has_a_variant() -> None:
-    variants = set(timm.list_models("*_fsr"))
-    bases = [name for name in timm.list_models() if name not in variants]
-    assert variants == {f"{name}_fsr" for name in bases if name not in models.UNSUPPORTED}
-    assert {f"{name}_fsr" for name in CIFAR} <= variants
-    assert len(variants) > 1300
-    assert not any(name.endswith("_fsr_fsr") for name in variants)
+@pytest.mark.parametrize("layer", timm_fsr.list_layers())
+def test_every_architecture_has_a_variant(layer: str) -> None:
+    bases = [name for name in timm.list_models() if name not in models.default_cfgs]
+    variants = set(timm.list_models(f"*_{layer}")) - set(bases)
+    assert variants == {f"{name}_{layer}" for name in bases if name not in models.UNSUPPORTED}
 
 
 def test_registering_again_changes_nothing() -> None:

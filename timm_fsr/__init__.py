@@ -11,7 +11,7 @@ from timm_fsr.apgd import APGD
 from timm_fsr.attacks import FGSM, NFGSM, PGD, attack_mode
 from timm_fsr.convert import convert_official
 from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
-from timm_fsr.models import list_pretrained, register_pretrained  # and registers the timm variants
+from timm_fsr.models import list_pretrained, register_pretrained, register_variants  # and registers the timm variants
 from timm_fsr.objectives import AFD, AT, MART, TRADES, Natural, Objective
 from timm_fsr.pixels import PixelModel
 from timm_fsr.sites import attach, detach, reattach, record
@@ -85,6 +85,7 @@ __all__ = [
     "register_alias",
     "register_layer",
     "register_pretrained",
+    "register_variants",
     "rescore",
     "save_pretrained",
     "train",

@@ -20,7 +20,7 @@ from timm.models._registry import register_model
 from torch import nn
 
 from timm_fsr import backbones as _backbones  # noqa: F401  (registers the CIFAR-size networks)
-from timm_fsr.layers import layer_class
+from timm_fsr.layers import layer_class, list_layers
 from timm_fsr.layers.base import check_layer_args
 from timm_fsr.places import At
 from timm_fsr.pretrained import Pretrained, embedded_pretrained, read_pretrained
@@ -31,7 +31,7 @@ __all__: list[str] = []  # timm's registry adds every entrypoint
 default_cfgs: dict[str, DefaultCfg] = {}
 
 # Layers that get a variant of every architecture.
-VARIANT_LAYERS = ("fsr",)
+VARIANT_LAYERS = tuple(list_layers())
 
 # Architectures that get no variant, and why (benchmarks/architectures.py finds them).
 UNSUPPORTED: dict[str, str] = dict.fromkeys(
@@ -59,8 +59,11 @@ _TAGS: dict[str, Pretrained] = {}  # by "<architecture>.<tag>"
 def register_variants(layers: Sequence[str] = VARIANT_LAYERS) -> None:
     """Register `<architecture>_<layer>` in timm for each supported architecture; twice does nothing new.
 
+    Importing this package does it for the layers that come with it. A model with a layer of your own can be saved and
+    reloaded once its variants are registered.
+
     Args:
-        layers: names of feature layers.
+        layers: names of feature layers; they have to be registered only when such a model is built.
     """
     listed = __all__.copy()
     with _uncollected():
