@@ -68,6 +68,9 @@ def test_every_architecture_has_a_variant(layer: str) -> None:
     bases = [name for name in timm.list_models() if name not in models.default_cfgs]
     variants = set(timm.list_models(f"*_{layer}")) - set(bases)
     assert variants == {f"{name}_{layer}" for name in bases if name not in models.UNSUPPORTED}
+    assert {f"{name}_{layer}" for name in CIFAR} <= variants
+    assert len(variants) > 1300
+    assert not any(f"{name}_{layer}" in models.default_cfgs for name in variants)
 
 
 def test_registering_again_changes_nothing() -> None:
