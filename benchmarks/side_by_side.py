@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_fsr import AT, PGD, PixelModel
+from timm_fsr.folding import find_folding
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub", "pyautoattack", "numpy")
@@ -90,7 +91,7 @@ def time_in_turn(
 
 
 def adversarial_step(model: nn.Module, images: Tensor, labels: Tensor, *, attack_steps: int) -> Callable[[], None]:
-    """One step of adversarial training as a function: PGD, loss, gradient and SGD, by the package's own objective.
+    """One step of adversarial training as a function: PGD on the folded model, loss, gradient and SGD, as the engine's.
 
     Args:
         model: a timm model with at least one parameter, on the device of the images; it is trained.
@@ -102,10 +103,13 @@ def adversarial_step(model: nn.Module, images: Tensor, labels: Tensor, *, attack
     optimizer = torch.optim.SGD(pixel_model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     objective, attack = AT(), PGD(norm="linf", eps=8 / 255, steps=attack_steps)
     generator = torch.Generator(images.device).manual_seed(0)
+    folding = find_folding(pixel_model, images)
 
     def step() -> None:
+        with folding.applied():
+            adversarial = objective.craft(pixel_model, attack, images, labels, generator=generator)
         optimizer.zero_grad()
-        objective(pixel_model, attack, images, labels, generator=generator).total().backward()
+        objective.terms(pixel_model, attack, images, adversarial, labels).total().backward()
         optimizer.step()
 
     return step

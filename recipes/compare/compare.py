@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from timm_fsr.layers import layer_class
 from timm_fsr.page import mcnemar
 from timm_fsr.recipe import Recipe
 from timm_fsr.report import WORST_CASE, Report
+from timm_fsr.suites import check_names
 
 PLAIN, OWN, SAME = "none", "own", "same"
 SAME_PLACE = (-1,)
@@ -98,9 +100,9 @@ def entries(methods: Sequence[str], places: Sequence[str], seeds: Sequence[int])
         for method in methods:
             for place in places:
                 entry = Entry(method, place, seed)
-                own_is_same = entry.layer is None or layer_class(entry.layer).default_at == SAME_PLACE
-                if not (own_is_same and place == SAME and OWN in places):
-                    yield Entry(method, OWN, seed) if entry.layer is None else entry
+                if entry.layer is None or layer_class(entry.layer).default_at == SAME_PLACE:
+                    entry = Entry(method, OWN, seed)
+                yield entry
 
 
 def judged(entry: Entry, base: Recipe, args: argparse.Namespace) -> Report:
@@ -136,13 +138,13 @@ def row(entry: Entry, report: Report, args: argparse.Namespace) -> dict[str, Any
     training = args.output / entry.folder / "training"
     seconds = sum(json.loads(line)["seconds"] for line in (training / "metrics.jsonl").read_text().splitlines())
     model = timm.create_model(f"local-dir:{training / 'best'}", pretrained=True)
-    names = [name for name in COLUMNS if name in report.accuracy]
+    accuracy = {**report.accuracy, WORST_CASE: report.worst_case}
     return {
         **dataclasses.asdict(entry),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training_seconds": round(seconds, 1),
         "images": report.count,
-        "accuracy": {name: round(report.accuracy[name], 4) for name in names},
+        "accuracy": {name: round(accuracy[name], 4) for name in COLUMNS if name in accuracy},
         "interval_95": [round(bound, 4) for bound in report.interval(WORST_CASE)],
     }
 
@@ -233,6 +235,10 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     options.add_argument("--part", default="1/1", help="this shell's share of the models, such as 1/2")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args, rest = options.parse_known_args(arguments)
+    share = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    if share is None or not 1 <= int(share[1]) <= int(share[2]):
+        options.error(f"--part={args.part} is no share of the work; write 1/2 in one shell and 2/2 in another")
+    args.share, args.shares = int(share[1]), int(share[2])
     for method in args.methods:
         name = method.partition(":")[0]
         if name in NOT_TRAINED_FROM_SCRATCH:
@@ -248,14 +254,14 @@ def main(arguments: Sequence[str]) -> int:
         args, overrides = parse_args(arguments)
         base = Recipe.load(args.config, overrides)
         args.output = args.output or base.folder
-        share, shares = (int(number) for number in args.part.split("/"))
+        check_names(args.attacks, base.attack.norm, base.attack.eps, sources=False)
         wanted = list(dict.fromkeys(entries(args.methods, args.places, args.seeds)))
         for entry in wanted:  # all of them before the first is trained
             entry.recipe(base, args.output).check()
         found: dict[Entry, Report] = {}
         for index, entry in enumerate(wanted):
             report = args.output / entry.folder / "evaluation" / "report.json"
-            if index % shares == share - 1:
+            if index % args.shares == args.share - 1:
                 print(f"== {entry.method}, {entry.place} place, seed {entry.seed}", flush=True)
                 found[entry] = judged(entry, base, args)
                 render(found, args)

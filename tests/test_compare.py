@@ -1,0 +1,140 @@
+"""The comparison of feature layers: one command, equal budgets, resumable, and a table of what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import timm_fsr
+from timm_fsr.recipe import Recipe
+
+FOLDER = Path(__file__).parent.parent / "recipes" / "compare"
+SCRIPT: dict[str, Any] = runpy.run_path(str(FOLDER / "compare.py"))
+Entry, entries = SCRIPT["Entry"], SCRIPT["entries"]
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+TINY = [
+    f"--config={FOLDER / 'fashion_mnist.yaml'}",
+    "--seeds=0",
+    "--images=20",
+    "--attacks=pgd20",
+    "--data.limit_train=120",
+    "--data.held_out=20",
+    "--attack.steps=1",
+    "--optim.epochs=1",
+    "--optim.batch_size=50",
+    "--evaluation.validation_steps=1",
+]
+
+
+def compare(output: Path, *flags: str) -> int:
+    return SCRIPT["main"]([*TINY, f"--output={output}", *flags])
+
+
+def changed(output: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in output.rglob("model.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("compare")
+    assert compare(output, "--methods", "none", "fsr:hidden=4", "sap", "--places", "own", "same") == 0
+    return output
+
+
+class TestRun:
+    def test_each_method_at_each_place_is_trained_and_attacked(self, finished):
+        rows = json.loads((finished / "comparison.json").read_text())
+        assert [(row["method"], row["place"]) for row in rows] == [
+            ("none", "own"),
+            ("fsr:hidden=4", "own"),
+            ("sap", "own"),
+            ("sap", "same"),
+        ]
+        for row in rows:
+            assert row["images"] == 20
+            assert set(row["accuracy"]) == {"clean", "pgd20", "worst_case"}
+            assert row["training_seconds"] > 0
+
+    def test_the_table_has_a_line_for_each_with_what_it_gained_and_lost(self, finished):
+        lines = (finished / "comparison.md").read_text().splitlines()
+        assert len(lines) == 2 + 4
+        assert lines[0].startswith("| method | place | seed | clean | PGD-20 | worst | 95 % interval | against none |")
+        assert " x |" in lines[3]
+        assert "+" in lines[3].split("|")[8]
+        assert (finished / "comparison.png").stat().st_size > 1000
+
+    def test_each_has_its_own_layer_and_all_else_in_common(self, finished):
+        recipes = {path.parent.parent.name: Recipe.load(path) for path in finished.glob("*/training/recipe.yaml")}
+        assert recipes["none_own_0"].model.layer is None
+        assert recipes["fsr-hidden-4_own_0"].model.layer_args["fsr"] == {"hidden": 4}
+        assert recipes["sap_own_0"].model.at is None
+        assert recipes["sap_same_0"].model.at == [-1]
+        bare = dataclasses.replace(recipes["none_own_0"], model=None, output="")
+        assert all(dataclasses.replace(recipe, model=None, output="") == bare for recipe in recipes.values())
+
+    def test_the_same_command_again_trains_and_attacks_nothing(self, finished, monkeypatch):
+        before, table = changed(finished), (finished / "comparison.md").read_text()
+        monkeypatch.setattr(timm_fsr, "train", lambda recipe: pytest.fail("trains again"))
+        assert compare(finished, "--methods", "none", "fsr:hidden=4", "sap", "--places", "own", "same") == 0
+        assert changed(finished) == before
+        assert (finished / "comparison.md").read_text() == table
+
+    def test_two_shells_share_the_work(self, tmp_path):
+        methods = ["--methods", "none", "kwta"]
+        assert compare(tmp_path, *methods, "--part=2/2") == 0
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["kwta_own_0"]
+        assert compare(tmp_path, *methods, "--part=1/2") == 0
+        rows = json.loads((tmp_path / "comparison.json").read_text())
+        assert [row["method"] for row in rows] == ["none", "kwta"]
+
+
+class TestEntries:
+    def test_a_layer_whose_own_place_is_the_common_one_is_trained_once(self):
+        found = dict.fromkeys((e.method, e.place) for e in entries(["none", "fsr", "cas"], ["own", "same"], [0]))
+        assert list(found) == [("none", "own"), ("fsr", "own"), ("cas", "own"), ("cas", "same")]
+
+    def test_arguments_are_read_as_yaml(self):
+        entry = Entry("fsr:mode=separation,tau=1.0,noise=false", "own", 0)
+        assert entry.layer == "fsr"
+        assert entry.layer_args == {"mode": "separation", "tau": 1.0, "noise": False}
+
+    @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+    @pytest.mark.parametrize("place", ["own", "same"])
+    def test_every_layer_fits_every_recipe(self, path, place):
+        base = Recipe.load(path)
+        for layer in timm_fsr.list_layers():
+            if layer != "afd":
+                Entry(layer, place, 0).recipe(base, Path("runs")).check()
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--methods", "none", "fsrr"], "unknown feature layer 'fsrr'"),
+            (["--methods", "fsr:hiden=4"], "did you mean 'hidden'"),
+            (["--methods", "none", "--part=3/2"], "part"),
+            (["--methods", "none", "--part=x"], "part"),
+            (["--methods", "none", "--optim.epoch=3"], "epoch"),
+            (["--methods", "none", "--attacks", "pdg2"], "unknown attack 'pdg2'"),
+        ],
+    )
+    def test_bad_input_is_told_before_anything_is_trained(self, tmp_path, capsys, flags, message):
+        try:
+            code = compare(tmp_path / "new", *flags)
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+    def test_fine_tuning_is_no_method_of_its_own(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            compare(tmp_path, "--methods", "afd")
+        assert "fine-tuning" in capsys.readouterr().err
