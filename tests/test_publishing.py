@@ -282,6 +282,19 @@ class TestTrouble:
         assert files["notes.txt"] == b"theirs"
         assert files["README.md"].endswith(b"Reviewed.\n")
 
+    @pytest.mark.parametrize("create_pr", [False, True])
+    def test_a_model_pushed_in_between_is_not_mixed_with_ours(self, hub, client, repo, tmp_path, create_pr):
+        """The client leaves out files that have not changed; on top of another model they would be missing."""
+        ours = save(tmp_path / "a")
+        client.do("push", str(ours), repo)
+        (ours / "README.md").write_bytes(collect(ours, repo)["README.md"] + b"\nReviewed.\n")
+        theirs = collect(save(tmp_path / "b", seed=1), repo)
+        hub.on("POST", f"{repo}/commit/", lambda: hub.repos[repo].commit(theirs))
+        client.do("push", str(ours), repo, create_pr=create_pr)
+        history = hub.repos[repo].pull_requests[1] if create_pr else hub.repos[repo].commits
+        expected = collect(ours, repo)
+        assert {name: history[-1].files[name] for name in FILES} == expected
+
     def test_two_pushes_at_once_leave_one_model_whole(self, hub, client, repo, tmp_path):
         folders = [save(tmp_path / name, seed) for seed, name in enumerate("ab")]
         other = Client(hub, tmp_path / "home")
@@ -436,7 +449,7 @@ class TestPull:
     @pytest.mark.parametrize(
         ("change", "text"),
         [
-            ({"architecture": "resnet_tiny_cifar_mist"}, "knows no feature layer 'mist' (it has fsr"),
+            ({"architecture": "resnet_tiny_cifar_mist"}, "knows no feature layer 'mist' (it has "),
             ({"architecture": "resnext_of_tomorrow"}, "import the package that registers it, or update timm"),
             ({"timm_fsr": {"format": 99, "version": "9.0"}}, "was saved by timm_fsr 9.0 in format 99"),
             ({"timm_fsr": "?"}, "is damaged"),

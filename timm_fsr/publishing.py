@@ -209,6 +209,7 @@ def _push(push: Push) -> Published:
         commit_message=push.message,
         revision=push.revision,
         create_pr=push.create_pr,
+        parent_commit=before,  # files that have not changed are not sent: they must not have changed since either
     )
     return Published(push.repo_id, info.pr_url or info.commit_url, info.oid, info.oid != before)
 
