@@ -423,6 +423,9 @@ class TestDamage:
         with (folder / "pytorch_model.bin").open("wb") as file:
             save = partial(pickle.dump, protocol=2) if by == "pickle" else torch.save
             save({"conv1.weight": Bomb(marker)}, file)
+        with pytest.raises(ValueError, match=r"it has no model\.safetensors"):
+            load(str(folder))
+        forget_checksum(folder)
         with pytest.raises(ValueError, match="or no plain tensors"):
             load(str(folder))
         with pytest.raises(ValueError, match="or no plain tensors"):

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save, save_file
-from timm.models._hub import download_from_hf, save_config_for_hf
+from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
 from torch import Tensor, nn
 
 from timm_fsr.files import staged
@@ -138,7 +138,7 @@ def load(name: str, **kwargs: Any) -> nn.Module:
     if name.startswith(HUB):
         repository = name.removeprefix(HUB)
         with explained(repository):
-            _check_hub(repository, kwargs.get("cache_dir"))
+            name = f"{HUB}{_checked(repository, kwargs.get('cache_dir'))}"
             return _create(name, **{"pretrained": True, **kwargs})
     if name.startswith(FOLDER):
         verify_folder(Path(name.removeprefix(FOLDER)))
@@ -192,11 +192,16 @@ def base_model(model: nn.Module) -> nn.Module:
     return base_model(model.model) if isinstance(model, PixelModel) else model
 
 
-def _check_hub(name: str, cache_dir: str | None) -> None:
-    """Refuse what timm would refuse in its own words, or not at all; the files checked stay in the cache."""
+def _checked(name: str, cache_dir: str | None) -> str:
+    """The repository with its present commit, so that what is loaded is what has been checked.
+
+    Refuses what timm would refuse in its own words, or not at all; the files checked stay in the cache.
+    """
     path = Path(download_from_hf(name, CONFIG, cache_dir=cache_dir))
-    _check_config(path, f"hf-hub:{name}")
-    verify_hub(name, cache_dir)
+    _check_config(path, f"{HUB}{name}")
+    commit = f"{hf_split(name)[0]}@{path.parent.name}"
+    verify_hub(commit, cache_dir)
+    return commit
 
 
 def _check_config(path: Path, source: str | None = None) -> None:
