@@ -102,6 +102,26 @@ class TestExplained:
         with pytest.raises(ConnectionError, match="all of this push or nothing"), explained("a/b", writing=True):
             raise ReadError("reset")
 
+    @pytest.mark.parametrize(
+        ("cause", "text"),
+        [
+            (ReadError("reset by peer"), r"the connection to the Hub broke \(reset by peer\).*the same command"),
+            (Answered(503), "answers 503"),
+            (Answered(403, "expired"), r"refused an upload for a/b \(expired\).*the same command completes it"),
+            (None, r"an upload for a/b broke off \(Error while uploading\)"),
+        ],
+    )
+    def test_an_upload_that_fails_inside_the_client(self, waits, cause, text):
+        outer = RuntimeError("Error while uploading")
+        outer.__cause__ = cause
+        with pytest.raises(ConnectionError, match=text), explained("a/b", writing=True):
+            raise outer
+
+    def test_one_that_broke_off_is_tried_again(self, waits):
+        outer = RuntimeError("Error while uploading")
+        outer.__cause__ = ReadError("reset")
+        assert retried(Flaky(outer)) == "done"
+
     @pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), FileNotFoundError("ours")])
     def test_other_errors_are_left_alone(self, error):
         with pytest.raises(type(error), match=r"^ours$") as caught, explained("a/b"):
