@@ -17,7 +17,7 @@ from timm_fsr.weights import CONFIG, RECORD, WEIGHTS, check_record
 HUB_VARIABLE = "TIMM_FSR_HUB"
 DEFAULT_HUB = "timm-fsr"
 
-REPORT, RECIPE = "report.json", "recipe.yaml"
+CARD, REPORT, RECIPE = "README.md", "report.json", "recipe.yaml"
 _EMBEDDED = Path(__file__).parent / "embedded" / "pretrained"
 
 

@@ -15,9 +15,11 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
-from timm_fsr.cards import CARD, Parts, check_card, read_parts, render_card
+from timm_fsr.cards import check_card, render_card
 from timm_fsr.hub import load, save_pretrained
-from timm_fsr.pretrained import RECIPE, REPORT
+from timm_fsr.metadata import check_repo_id
+from timm_fsr.parts import Parts, read_parts
+from timm_fsr.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.remote import explained, retried
 from timm_fsr.report import Report
 from timm_fsr.weights import CONFIG, RECORD, WEIGHTS
@@ -155,6 +157,14 @@ def collect(
         ValueError, FileNotFoundError: see `push_to_hub`.
     """
     folder = Path(folder)
+    check_repo_id(repo_id)
+    given = {"license": license, "base_model": base_model, "baseline": baseline}
+    ignored = ", ".join(name for name, value in given.items() if value is not None)
+    if ignored and (folder / CARD).is_file():
+        raise ValueError(
+            f"{folder} has a card, which is pushed unchanged, so {ignored} would be ignored; make it anew by timm-fsr "
+            "card with them, or leave them out"
+        )
     parts = read_parts(folder)
     load(str(folder))  # whoever downloads it has to be able to
     _check_same_weights(parts, folder)
@@ -162,7 +172,7 @@ def collect(
         card = (folder / CARD).read_text(encoding="utf-8")
     else:
         card = render_card(parts, repo_id, license=license, base_model=base_model, baseline=baseline)
-    check_card(card, parts)
+    check_card(card, parts, repo_id)
     config, weights = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != parts.config[RECORD]["sha256"] or json.loads(config) != parts.config:
         raise ValueError(f"{folder} was changed while it was read, as a running training does; push it afterwards")
