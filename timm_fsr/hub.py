@@ -25,7 +25,7 @@ from timm_fsr.layers import list_layers
 from timm_fsr.layers.base import unknown
 from timm_fsr.models import list_pretrained
 from timm_fsr.pixels import PixelModel
-from timm_fsr.pretrained import RECIPE, REPORT
+from timm_fsr.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.remote import explained
 from timm_fsr.report import Report
 from timm_fsr.sites import layer_groups
@@ -51,7 +51,8 @@ def save_pretrained(
     Args:
         model: a timm model made by `timm.create_model`, with feature layers or without, or a PixelModel of one.
         folder: made if missing; files of these names in it are replaced, each atomically, when all are written.
-        report: written beside them as `report.json`; without one, an older one there is removed.
+        report: written beside them as `report.json`; without one, an older one there is removed. So is an older model
+            card: it is about other weights.
         recipe: how it was trained, written as `recipe.yaml`; None takes the one that the report of a training run has.
 
     Returns:
@@ -78,9 +79,11 @@ def save_pretrained(
             recipe = recipe or (report.conditions.get("recipe") if report else None)
             if recipe:
                 (scratch / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
-        for name, written in ((REPORT, report), (RECIPE, recipe)):
-            if not written:
-                (folder / name).unlink(missing_ok=True)  # it is about other weights
+        stale = [name for name, written in ((REPORT, report), (RECIPE, recipe)) if not written]
+        if _is_card(folder / CARD):
+            stale.append(CARD)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)  # it is about other weights
     finally:
         if original is not None:
             model._model_args = original
@@ -259,6 +262,13 @@ def _check_rebuildable(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be rebuilt from a checkpoint: {architecture!r} is no registered timm "
             "model; create the model by timm.create_model, with one kind of feature layer"
         )
+
+
+def _is_card(path: Path) -> bool:
+    """Is it the card of a model, and not somebody's text about the folder?"""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    head = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+    return head is not None and "library_name: timm\n" in head[1]
 
 
 def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
