@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hub_server import Repo
 from hub_tools import RECIPE, Client, logits, network, report_on, save
 
 import timm_fsr
 from timm_fsr.publishing import FILES, collect, push_folder
+
+CARDS = Path(__file__).parents[1] / "hub_cards"
 
 
 class TestPush:
@@ -141,12 +145,41 @@ class TestTrouble:
         hub._plans.clear()
         assert client.do("load", repo) == logits(network())
 
-    def test_a_pull_request_is_not_opened_twice(self, hub, client, repo, saved):
+    @pytest.mark.parametrize("outcome", ["hang up after", "504 after"])
+    def test_a_pull_request_is_not_opened_twice(self, hub, client, repo, saved, outcome):
+        """Not by the same push, which does not know that it was done, and not by the next, which looks first."""
         client.do("push", str(saved), repo)
         (saved / "README.md").write_bytes(collect(saved, repo)["README.md"] + b"\nReviewed.\n")
-        hub.fail("POST", f"{repo}/commit/", "hang up after", times=1)
-        client.fails("ConnectionError", "the connection to the Hub broke", "push", str(saved), repo, create_pr=True)
+        hub.fail("POST", f"{repo}/commit/", outcome, times=1)
+        client.fails("ConnectionError", "the same command completes it", "push", str(saved), repo, create_pr=True)
         assert len(hub.repos[repo].pull_requests) == 1
+        done = client.do("push", str(saved), repo, create_pr=True)
+        commit = hub.repos[repo].pull_requests[1][-1].oid
+        expected = {"repo_id": repo, "url": f"{hub.url}/{repo}/discussions/1", "commit": commit, "changed": False}
+        assert done == expected
+        (saved / "README.md").write_bytes(collect(saved, repo)["README.md"] + b"\nAgain.\n")
+        assert client.do("push", str(saved), repo, create_pr=True)["url"].endswith("discussions/2")
+
+    def test_a_pull_request_and_a_branch_exclude_each_other(self, saved):
+        with pytest.raises(ValueError, match="leave out create_pr or revision"):
+            push_folder(saved, "owner/name", create_pr=True, revision="longer")
+
+    def test_a_commit_that_was_made_but_not_answered_is_told_as_ours(self, hub, client, repo, saved):
+        hub.fail("POST", f"{repo}/commit/", "hang up after")
+        done = client.do("push", str(saved), repo)
+        assert done["changed"]
+        assert done["commit"] == hub.repos[repo].commits[-1].oid
+
+    def test_a_public_repository_made_in_between_gets_no_private_model(self, hub, client, repo, saved):
+        hub.on("POST", "repos/create", lambda: hub.repos.update({repo: Repo(private=False)}))
+        text = "exists and is public, not private as asked for; nothing was pushed"
+        client.fails("ValueError", text, "push", str(saved), repo, private=True)
+        assert set(hub.repos[repo].commits[-1].files) == {".gitattributes"}
+
+    def test_metadata_that_the_hub_does_not_accept_leave_no_empty_repository(self, hub, client, repo, saved):
+        text = "nothing was pushed: make the card anew by timm-fsr card"
+        client.fails("ValueError", text, "push", str(saved), repo, license="licence-of-nowhere")
+        assert repo not in hub.repos
 
     def test_a_wrong_token(self, hub, client, repo, saved):
         with client.using("hf_of_yesterday"):
@@ -279,6 +312,32 @@ class TestParts:
         model = network()
         with pytest.raises(FileNotFoundError, match=r"lacks recipe\.yaml"):
             timm_fsr.push_to_hub(model, "owner/name", report=report_on(model))
+
+
+class TestMetadata:
+    """Judged by the client's own `ModelCard.validate`, which asks the server."""
+
+    @pytest.mark.skipif(not CARDS.is_dir(), reason="an installed package has no hub_cards/")
+    def test_the_published_cards_are_valid(self, client):
+        cards = [path for path in CARDS.glob("*.md") if path.stem != "README"]
+        assert cards
+        for path in cards:
+            client.do("validate", path.read_text())
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("license: apache-2.0", "license: My Own Licence"),
+            ("type: accuracy", "type: [accuracy]"),
+            ("- timm\n", "- 3\n"),
+            ("value: 75.0", "value: many"),
+        ],
+    )
+    def test_a_broken_one_is_not(self, client, saved, old, new):
+        card = collect(saved, "owner/name")["README.md"].decode()
+        client.do("validate", card)
+        assert old in card
+        client.fails("ValueError", "must be", "validate", card.replace(old, new))
 
 
 class TestCommand:

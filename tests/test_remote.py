@@ -63,12 +63,16 @@ class TestRetried:
             retried(action)
         assert (action.calls, waits) == (1, [])
 
-    def test_what_may_not_be_done_twice_is_not_after_a_broken_connection(self, waits):
-        action = Flaky(ReadError("reset"))
-        with pytest.raises(ReadError):
+    @pytest.mark.parametrize("error", [ReadError("reset"), Answered(500), Answered(502), Answered(504)])
+    def test_what_may_not_be_done_twice_is_not_when_it_may_be_done_already(self, waits, error):
+        action = Flaky(error)
+        with pytest.raises(type(error)):
             retried(action, once_sent=False)
         assert action.calls == 1
-        assert retried(Flaky(Answered(503)), once_sent=False) == "done"  # here the Hub has said that it was not done
+
+    @pytest.mark.parametrize("status", [409, 412, 429, 503])
+    def test_but_it_is_when_the_hub_has_not_begun_it(self, waits, status):
+        assert retried(Flaky(Answered(status)), once_sent=False) == "done"
 
 
 class TestExplained:

@@ -25,6 +25,7 @@ WAITS = (1.0, 2.0, 4.0)
 """Seconds before the second, third and fourth try."""
 
 _BUSY = (429, 500, 502, 503, 504)
+_UNDONE = (429, 503)  # with these the request was not even begun
 _CONFLICT = (409, 412)  # somebody else has committed at the same time
 _TOKEN = "run `hf auth login`, set HF_TOKEN to a valid token, or unset it for public models"
 _log = logging.getLogger(__name__)
@@ -64,14 +65,16 @@ def retried(action: Callable[[], Result], *, once_sent: bool = True) -> Result:
 
     Args:
         action: has to do no harm when it is done twice.
-        once_sent: try again after a broken connection too, when nobody knows whether the action was done.
+        once_sent: try again too when nobody knows whether the action was done: after a broken connection, or when what
+            stands before the Hub (500, 502, 504) has answered in its place.
     """
+    passing = (*_CONFLICT, *(_BUSY if once_sent else _UNDONE))
     for wait in WAITS:
         try:
             return action()
         except Exception as error:
             status = _status(error)
-            if not (status in (*_BUSY, *_CONFLICT) or (once_sent and _is_broken_connection(error))):
+            if not (status in passing or (once_sent and _is_broken_connection(error))):
                 raise
             _log.warning("the Hub answered %s; trying again in %g s", status or "nothing", wait)
             time.sleep(wait)
