@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from timm_fsr.publishing import collect
+
+ROOT = Path(__file__).parents[1]
 
 
 class TestPull:
@@ -129,6 +133,7 @@ class TestPull:
             ({"architecture": "resnext_of_tomorrow"}, "import the package that registers it, or update timm"),
             ({"timm_fsr": {"format": 99, "version": "9.0"}}, "was saved by timm_fsr 9.0 in format 99"),
             ({"timm_fsr": "?"}, "is damaged"),
+            ({"model_args": {"fsr_new": 1}, "timm_fsr": {"version": "9.0"}}, "it was saved by timm_fsr 9.0 (this is"),
             ({"num_classes": None, "architecture": None}, "is damaged"),
         ],
     )
@@ -169,17 +174,18 @@ class TestTags:
         client.fails("ValueError", "damaged or were exchanged", "load", name)
 
 
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="an installed package has no docs/")
 def test_fine_tuning_a_published_model(hub, client, repo, saved, tmp_path):
-    """By name in a recipe, on images of other classes; the card says what it started from."""
+    """By the line of docs/hub.md, on images of other classes; the card says what it started from."""
     client.do("push", str(saved), repo)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (40, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "train.npz", image=pixels, label=np.arange(40) % 3)
     run = tmp_path / "run"
+    line = re.search(r"^timm-fsr train .*hf-hub:user/name.*$", (ROOT / "docs" / "hub.md").read_text(), re.MULTILINE)[0]
+    line = line.replace("user/name", repo).replace("FOLDER", str(tmp_path / "train.npz"))
     flags = {
         "output": run,
-        "model.name": f"hf-hub:{repo}",
-        "data.source": tmp_path / "train.npz",
         "data.test_split": "train",
         "data.held_out": 8,
         "optim.epochs": 1,
@@ -188,7 +194,8 @@ def test_fine_tuning_a_published_model(hub, client, repo, saved, tmp_path):
         "evaluation.attacks": "[fgsm]",
         "evaluation.validation_steps": 1,
     }
-    given = [f"--{key}={value}" for key, value in flags.items()]
+    given = [part.replace("recipes/", f"{ROOT}/recipes/") for part in shlex.split(line)[2:]]
+    given += [f"--{key}={value}" for key, value in flags.items()]
     code, text = client.do("command", "train", *given)
     assert code == 0, text
     code, text = client.do("command", "push", str(run / "best"), f"{repo}-tuned")

@@ -46,9 +46,9 @@ class TestModels:
 
     def test_weights_elsewhere(self, monkeypatch, saved, capsys):
         (saved / "model.safetensors").unlink()
+        monkeypatch.setenv("TIMM_FSR_HUB", "us")
         entry = timm_fsr.pretrained.read_pretrained(saved)
         monkeypatch.setattr(hub_commands, "list_pretrained", lambda: [entry])
-        monkeypatch.setenv("TIMM_FSR_HUB", "us")
         assert main(["models"]) == 0
         assert "hf-hub:us/resnet_tiny_cifar_fsr.toy" in capsys.readouterr().out
 

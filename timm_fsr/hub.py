@@ -30,7 +30,16 @@ from timm_fsr.remote import explained
 from timm_fsr.report import Report
 from timm_fsr.sites import layer_groups
 from timm_fsr.version import __version__
-from timm_fsr.weights import CONFIG, RECORD, WEIGHTS, check_record, make_record, verify_folder, verify_hub
+from timm_fsr.weights import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    check_record,
+    make_record,
+    told_by_version,
+    verify_folder,
+    verify_hub,
+)
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 _REPOSITORY = r"[\w.-]+/[\w.-]+(@[^/\s]+)?"
@@ -142,11 +151,15 @@ def load(name: str, **kwargs: Any) -> nn.Module:
         repository = name.removeprefix(HUB)
         with explained(repository):
             name = f"{HUB}{_checked(repository, kwargs.get('cache_dir'))}"
-            return _create(name, **{"pretrained": True, **kwargs})
+            return _create(
+                name, {"source": "hf-hub", "hf_hub_id": name.removeprefix(HUB)}, {"pretrained": True, **kwargs}
+            )
+    source = {}
     if name.startswith(FOLDER):
-        verify_folder(Path(name.removeprefix(FOLDER)))
+        source = {"source": "local-dir", "file": name.removeprefix(FOLDER)}
+        verify_folder(Path(source["file"]))
     with explained(name):
-        return _create(name, **({"pretrained": True, **kwargs} if is_trained(name) else kwargs))
+        return _create(name, source, {"pretrained": True, **kwargs} if is_trained(name) else kwargs)
 
 
 def is_trained(name: str) -> bool:
@@ -238,15 +251,18 @@ def _remedy(config: Mapping[str, Any]) -> str:
     return f"import the package that registers it, or update timm{saved}"
 
 
-def _create(name: str, **kwargs: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, **kwargs)
-    except (TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{name} cannot be built with these arguments: {_one_line(error)}") from error
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(
-            f"the weights of {name} are missing, damaged, for another network or no plain tensors: {_one_line(error)}"
-        ) from error
+def _create(name: str, source: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
+    """Timm's model; `source` is where its configuration is, as in a `pretrained_cfg`."""
+    with told_by_version(source, arguments.get("cache_dir")):
+        try:
+            return timm.create_model(name, **arguments)
+        except (TypeError, AttributeError, AssertionError) as error:
+            raise ValueError(f"{name} cannot be built with these arguments: {_one_line(error)}") from error
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            raise ValueError(
+                f"the weights of {name} are missing, damaged, for another network or no plain tensors: "
+                f"{_one_line(error)}"
+            ) from error
 
 
 def _one_line(error: Exception) -> str:

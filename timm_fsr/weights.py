@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,26 @@ def _is_digest(record: Mapping[str, Any]) -> bool:
     """Is the checksum in a record one, or missing as in format 1?"""
     digest = record.get("sha256")
     return digest is None or (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None)
+
+
+@contextmanager
+def told_by_version(config: Mapping[str, Any], cache_dir: str | None = None) -> Iterator[None]:
+    """Errors within it say so if the model comes from newer versions of timm_fsr or timm than these.
+
+    Args:
+        config: a timm `pretrained_cfg`; its `source`, `file` and `hf_hub_id` say where the model's configuration is.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        ValueError: in place of what was raised, if that may be why.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        hint = _newer(_source_record(config, cache_dir))
+        if not hint or hint in str(error):
+            raise
+        raise ValueError(f"{error}; {hint}") from error
 
 
 def check_digest(weights: Path, digest: str | None, source: str) -> None:
@@ -203,6 +224,38 @@ def _download(repository: str, file: str, revision: str | None, cache_dir: str |
         raise
     except EntryNotFoundError:
         return None
+
+
+def _source_record(config: Mapping[str, Any], cache_dir: str | None) -> Mapping[str, Any]:
+    """The record beside the weights that a `pretrained_cfg` names; {} if there is none or it cannot be read."""
+    try:
+        if config.get("source") == "local-dir":
+            path: Path | None = Path(config["file"]) / CONFIG
+        elif config.get("source") == "hf-hub":
+            path = _download(*_split(config["hf_hub_id"], CONFIG), cache_dir)
+        else:
+            return {}
+        return check_record(_read(path), str(path)) if path else {}
+    except (ValueError, OSError):  # there is another error to tell
+        return {}
+
+
+def _split(name: str, file: str) -> tuple[str, str, str | None]:
+    repository, revision = hf_split(name)
+    return repository, file, revision
+
+
+def _newer(record: Mapping[str, Any]) -> str:
+    """What to update, if a model was saved by newer versions than those at hand; else nothing."""
+    here = {"timm_fsr": __version__, "timm": timm.__version__}
+    there = {"timm_fsr": str(record.get("version", "")), "timm": str(record.get("timm", ""))}
+    newer = [name for name, version in there.items() if _order(version) > _order(here[name])]
+    versions = " and ".join(f"{name} {there[name]} (this is {here[name]})" for name in newer)
+    return f"it was saved by {versions}: update {' and '.join(newer)}" if newer else ""
+
+
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _read(config: Path) -> dict[str, Any]:
