@@ -131,7 +131,7 @@ class TestTrouble:
         [
             ("hang up", "the connection to the Hub broke"),
             (503, "the Hub answers 503"),
-            (403, "refused an upload"),
+            (403, "refused uploads"),
         ],
     )
     def test_an_upload_of_the_weights_that_fails(self, hub, client, repo, saved, outcome, text):

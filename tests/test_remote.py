@@ -111,7 +111,7 @@ class TestExplained:
         [
             (ReadError("reset by peer"), r"the connection to the Hub broke \(reset by peer\).*the same command"),
             (Answered(503), "answers 503"),
-            (Answered(403, "expired"), r"refused an upload for a/b \(expired\).*the same command completes it"),
+            (Answered(403, "expired"), r"refused uploads for a/b \(status 403\).*the same command completes it"),
             (None, r"an upload for a/b broke off \(Error while uploading\)"),
         ],
     )

@@ -158,7 +158,7 @@ _UPLOADS = (
     _Case(
         lambda error, status: isinstance(error, RuntimeError) and status in (401, 403),
         ConnectionError,
-        "the storage of the Hub refused an upload for {name} ({reason}), as it does when its address has expired",
+        "the storage of the Hub refused uploads for {name} (status {status}), as it does when its address has expired",
     ),
     *_CASES,
     _Case(
