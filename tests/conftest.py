@@ -1,4 +1,4 @@
-"""One torch thread per worker, no network, and the tiny timm models that contract tests walk through."""
+"""One torch thread per worker, no network, tiny timm models for contract tests, and a Hub on the loopback interface."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from hub_server import HubServer
+from hub_tools import Client, save
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
@@ -67,3 +72,34 @@ TINY_BACKBONES = (
 def backbone(request: pytest.FixtureRequest) -> TinyBackbone:
     """Each tiny backbone in turn."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def client(hub: HubServer, home: Path) -> Iterator[Client]:
+    process = Client(hub, home)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def repo(hub: HubServer, request: pytest.FixtureRequest) -> str:
+    """A name that no other test uses; what was planned for another test is forgotten."""
+    hub._plans.clear()
+    hub.requests.clear()
+    return f"owner/test-{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:8]}"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save(tmp_path / "saved")

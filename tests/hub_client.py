@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import ModelCard
 
 import timm_fsr
 from timm_fsr.cli import main
@@ -49,6 +50,10 @@ def create(name: str, **arguments: Any) -> list[float]:
 
 def load(name: str, **arguments: Any) -> list[float]:
     return _logits(timm_fsr.from_pretrained(name, **arguments))
+
+
+def validate(card: str) -> None:
+    ModelCard(card).validate(repo_type="model")
 
 
 def register(folder: str) -> str:

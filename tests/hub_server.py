@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub_yaml import yaml_errors
+
 Answer = tuple[int, Any, dict[str, str]]  # status, bytes or what becomes JSON, headers
 
 _LFS = "7z|arrow|bin|bz2|ckpt|gz|h5|model|msgpack|npy|npz|onnx|parquet|pb|pickle|pkl|pt|pth|safetensors|tar|tgz|xz|zip"
@@ -33,6 +35,7 @@ _ROUTES = (  # patterns of the path as it is sent, in which the slashes of a rev
     ("GET", f"/api/models/{_REPO}(/revision/{_REV})?", "_info"),
     ("PUT", f"/api/models/{_REPO}/settings", "_settings"),
     ("POST", f"/api/models/{_REPO}/branch/(?P<branch>[^/]+)", "_branch"),
+    ("GET", f"/api/models/{_REPO}/discussions", "_discussions"),
     ("GET", f"/api/models/{_REPO}/tree/{_REV}", "_files"),
     ("POST", f"/api/models/{_REPO}/paths-info/{_REV}", "_files"),
     ("POST", f"/api/models/{_REPO}/preupload/{_REV}", "_preupload"),
@@ -78,6 +81,7 @@ class Repo:
     private: bool = False
     branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": []})
     pull_requests: dict[int, list[Commit]] = field(default_factory=dict)
+    authors: dict[int, str | None] = field(default_factory=dict)  # of the pull requests, all of which stay open
     objects: dict[str, bytes] = field(default_factory=dict)  # what was uploaded to LFS, by its SHA-256
 
     def __post_init__(self) -> None:
@@ -173,9 +177,9 @@ class HubServer:
     def fail(self, method: str, text: str, outcome: int | str, times: int = 1) -> None:
         """Let the next `times` requests of this method (HEAD is not GET) fail whose unquoted path contains `text`.
 
-        The outcome is a status, "hang up" (nothing is done) or "hang up after" (it is done, but not answered).
+        The outcome is a status or "hang up" (nothing is done), "hang up after" (it is done, but not answered), or
+        "504 after" (it is done, but a gateway has lost patience).
         """
-        assert isinstance(outcome, int) or outcome in ("hang up", "hang up after"), outcome
         self._plans += [(method, text, outcome)] * times
 
     def on(self, method: str, text: str, callback: Callable[[], object]) -> None:
@@ -198,7 +202,8 @@ class HubServer:
             except Exception:
                 traceback.print_exc()
                 answer = RefusedError(501, "tests/hub_server.py failed").answer
-        answer = None if isinstance(outcome, str) else answer
+        if isinstance(outcome, str):
+            answer = RefusedError(504, "Gateway timeout").answer if outcome == "504 after" else None
         self.requests.append((method, path, answer[0] if answer else 0))
         return answer
 
@@ -239,7 +244,8 @@ class HubServer:
         return 200, {"type": "user", "name": request.user, "fullname": request.user, "orgs": [], "auth": {}}, {}
 
     def _validate_yaml(self, request: Request) -> Answer:
-        return 200, {"errors": [], "warnings": []}, {}  # this one reads no YAML
+        errors = [{"message": text} for text in yaml_errors(request.json["content"])]
+        return 400 if errors else 200, {"errors": errors, "warnings": []}, {}
 
     def _create(self, request: Request) -> Answer:
         owner = request.json.get("organization") or request.user
@@ -273,6 +279,14 @@ class HubServer:
             raise RefusedError(409, f"Reference already exists: refs/heads/{branch}")
         repo.branches[branch] = repo.until(request.json.get("startingPoint", "main"))
         return 201, {}, {}
+
+    def _discussions(self, request: Request, name: str) -> Answer:
+        author = request.query.get("author", [None])[0]
+        about = {"title": "", "status": "open", "isPullRequest": True, "createdAt": "2020-01-01T00:00:00.000Z"}
+        about |= {"repo": {"name": name, "type": "model"}}
+        known = self._repo(name, request).authors.items()
+        found = [{**about, "num": n, "author": {"name": user}} for n, user in known if author in (None, user)]
+        return 200, {"discussions": found, "count": len(found), "start": 0}, {}
 
     def _files(self, request: Request, name: str, revision: str) -> Answer:
         """All files or those that a form asks for; folders are not listed."""
@@ -318,7 +332,7 @@ class HubServer:
         about: dict[str, Any] = {"success": True}
         if "create_pr" in request.query:
             number = len(repo.pull_requests) + 1
-            repo.pull_requests[number] = repo.until(revision)
+            repo.pull_requests[number], repo.authors[number] = repo.until(revision), request.user
             revision, about["pullRequestUrl"] = f"refs/pr/{number}", f"{self.url}/{name}/discussions/{number}"
         oid = repo.commit(changes, header["value"]["summary"], revision).oid
         return 200, {**about, "commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"}, {}

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 import timm_fsr
-from timm_fsr.cards import Parts, check_card, read_parts, render_card, without_paths
+from timm_fsr.cards import check_card, render_card
+from timm_fsr.parts import Parts, read_parts
 from timm_fsr.pretrained import embedded_pretrained
 from timm_fsr.report import Report
 
@@ -23,6 +24,14 @@ def flags(text: str) -> torch.Tensor:
     return torch.tensor([letter == "1" for letter in text])
 
 
+CONDITIONS = {
+    "data": "uoft-cs/cifar10[test] limited to 4",
+    "data_fingerprint": "abc",
+    "training": "AT(...)",
+    "training_seed": 5,
+}
+
+
 def report(**changes: Any) -> Report:
     values: dict[str, Any] = {
         "correct": {"clean": flags("1110"), "pgd20": flags("1100"), "autoattack": flags("1000")},
@@ -32,7 +41,7 @@ def report(**changes: Any) -> Report:
         "eps": 8 / 255,
         "seed": 3,
         "labels": torch.arange(4),
-        "conditions": {"data": "uoft-cs/cifar10[test] limited to 4", "data_fingerprint": "abc", "training": "AT(...)"},
+        "conditions": dict(CONDITIONS),
     }
     return Report(**{**values, **changes})
 
@@ -117,13 +126,37 @@ class TestText:
         ("changes", "what"),
         [
             ({"eps": 4 / 255}, "threat model"),
-            ({"conditions": {"data_fingerprint": "other"}}, "data"),
+            ({"seed": 4}, "seed of the evaluation"),
+            ({"conditions": {**CONDITIONS, "data_fingerprint": "other"}}, "data fingerprint"),
+            ({"conditions": {**CONDITIONS, "training": "AT(...), 5 epochs"}}, "training"),
+            ({"conditions": {**CONDITIONS, "training_data": "cifar10[train]"}}, "training data"),
+            ({"conditions": {**CONDITIONS, "training_seed": 1}}, "training seed"),
+            ({"conditions": {**CONDITIONS, "checkpoint_rule": "last epoch"}}, "checkpoint rule"),
             ({"correct": {"clean": flags("1110")}}, "attacks"),
         ],
     )
     def test_a_baseline_that_cannot_be_compared(self, tmp_path, changes, what):
         with pytest.raises(ValueError, match=f"the {what} of the baseline's report is .* evaluate both alike"):
             render_card(parts(tmp_path), REPO, baseline=report(**changes))
+
+    def test_it_says_no_more_of_the_baseline_than_the_reports_do(self, tmp_path):
+        text = render_card(parts(tmp_path), REPO, baseline=report())
+        assert "\nSame epochs, attack, seed and images.\n" in text
+        found, bare = tmp_path / "bare", report(conditions={})
+        assert "\nSame " not in render_card(parts(found, bare), REPO, baseline=bare)
+
+    def test_a_model_is_not_its_own_baseline(self, tmp_path):
+        own = report(conditions={**CONDITIONS, "weights_sha256": "abc"})
+        with pytest.raises(ValueError, match="about the model's own weights; give the report of the training without"):
+            render_card(parts(tmp_path, own), REPO, baseline=own)
+
+    def test_a_baseline_from_another_folder_of_the_same_data(self, tmp_path):
+        """Where the data lay is cut from both, or neither."""
+        here, there = (
+            report(conditions={"training_data": f"/{place}/my toys[train]", "data": f"/{place}/my toys[test]"})
+            for place in ("here", "over there")
+        )
+        assert "Same data." in render_card(parts(tmp_path, here), REPO, baseline=there)
 
     def test_a_plain_network(self, tmp_path):
         recipe = {**RECIPE, "model": {"name": "resnet_tiny_cifar", "layer": None}}
@@ -168,14 +201,45 @@ class TestMetadata:
         ("model", "expected"),
         [
             ({"name": "hf-hub:owner/base@v2"}, "owner/base"),
+            ({"name": "hf_hub:owner/base"}, "owner/base"),
+            ({"name": "resnet_tiny_cifar_fsr.at_fashion_mnist"}, None),  # nothing says that it is on the Hub
             ({"name": "resnet18", "pretrained": True}, "timm/resnet18.a1_in1k"),
             ({"name": "resnet18"}, None),
         ],
     )
     def test_the_base_model_is_the_recipes(self, tmp_path, model, expected):
         found = parts(tmp_path, recipe={**RECIPE, "model": {**model, "layer": "fsr"}})
-        assert ModelCard(render_card(found, REPO)).data.get("base_model") == expected
+        text = render_card(found, REPO)
+        assert ModelCard(text).data.get("base_model") == expected
+        shown = expected or (model["name"] if "." in model["name"] else None)
+        assert ("| started from |" in text) == bool(shown)
+        assert shown is None or f"| started from | {shown} |" in text
         assert ModelCard(render_card(found, REPO, base_model="a/b")).data.base_model == "a/b"
+
+    def test_the_results_are_of_the_data_that_was_judged(self, tmp_path):
+        judged = report(conditions={"data": "zalando/other[train] limited to 4"})
+        text = render_card(parts(tmp_path, judged), REPO)
+        data = ModelCard(text).data
+        assert data.datasets == ["uoft-cs/cifar10"]
+        assert {result.dataset_name for result in data.eval_results} == {"zalando/other"}
+        assert {result.dataset_split for result in data.eval_results} == {"train"}
+        assert "Of 4 train images" in text
+        unnamed = render_card(parts(tmp_path / "b", report(conditions={})), REPO)
+        assert {result.dataset_split for result in ModelCard(unnamed).data.eval_results} == {None}
+        assert "test" not in unnamed.split("## How robust")[1].split("## What")[0]
+
+    @pytest.mark.parametrize("name", ["noslash", "a/b/c", "a b/c", "owner/", "/name", "", "x" * 120 + "/y"])
+    def test_names_that_no_repository_can_have(self, tmp_path, name):
+        found = parts(tmp_path)
+        with pytest.raises(ValueError, match=r"is no name of a repository .*write user/name"):
+            render_card(found, name)
+        with pytest.raises(ValueError, match=r"is no name of a repository .*write user/name"):
+            render_card(found, REPO, base_model=name)
+
+    @pytest.mark.parametrize("license", ["My Own Licence!!", "", "apache 2.0"])
+    def test_licences_that_are_none(self, tmp_path, license):
+        with pytest.raises(ValueError, match=r"is no short name of a licence; write one of https.*apache-2\.0"):
+            render_card(parts(tmp_path), REPO, license=license)
 
     def test_a_licence_is_needed(self, tmp_path):
         found = parts(tmp_path)
@@ -188,7 +252,7 @@ class TestMetadata:
 class TestCheck:
     def test_a_generated_card_passes_also_when_words_are_added(self, tmp_path):
         found = parts(tmp_path)
-        check_card(render_card(found, REPO) + "\nMore words.\n", found)
+        check_card(render_card(found, REPO) + "\nMore words.\n", found, REPO)
 
     @pytest.mark.parametrize(
         ("old", "new", "message"),
@@ -202,26 +266,41 @@ class TestCheck:
     def test_others_do_not(self, tmp_path, old, new, message):
         found = parts(tmp_path)
         with pytest.raises(ValueError, match=message):
-            check_card(render_card(found, REPO).replace(old, new), found)
+            check_card(render_card(found, REPO).replace(old, new), found, REPO)
 
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("n_examples: 4", "n_examples: 4000"),
+            ("eps: 0.03", "eps: 0.3"),
+            ("type: uoft-cs/cifar10", "type: ILSVRC/imagenet-1k"),
+            ("split: test", "split: train"),
+        ],
+    )
+    def test_results_are_more_than_their_values(self, tmp_path, old, new):
+        found = parts(tmp_path)
+        with pytest.raises(ValueError, match="of another evaluation"):
+            check_card(render_card(found, REPO).replace(old, new), found, REPO)
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("/data/me/cifar10[test]", "cifar10[test]"),
-        ("best PGD-10 accuracy on /data/me/cifar10[train] limited", "best PGD-10 accuracy on cifar10[train] limited"),
-        ("~/me/x.npz", "x.npz"),
-        (r"C:\me\data\x.npz", "x.npz"),
-        ("/my data/sets/x and /my data/sets/x", "x and x"),
-        ("https://a.org/b/c", "https://a.org/b/c"),
-        ("eps 8/255", "eps 8/255"),
-        ("uoft-cs/cifar10", "uoft-cs/cifar10"),
-        ("runs/a/b", "runs/a/b"),
-        (3, 3),
-    ],
-)
-def test_where_things_lay_is_nobodys_business(text, expected):
-    assert without_paths({"a": [text]}, ["/my data/sets/x"]) == {"a": [expected]}
+    @pytest.mark.parametrize("old", ["**25.0 %** stay", "| clean | 75.0 %", "75.0 % of the test images"])
+    def test_figures_in_the_text(self, tmp_path, old):
+        found = parts(tmp_path)
+        text = render_card(found, REPO)
+        assert old in text
+        with pytest.raises(ValueError, match="or has other figures in it"):
+            check_card(text.replace(old, old.replace("5.0 %", "9.0 %")), found, REPO)
+
+    def test_the_card_of_other_weights_with_the_same_figures(self, tmp_path):
+        text = render_card(parts(tmp_path / "a", fsr_hidden=4), REPO)
+        other = parts(tmp_path / "b", fsr_hidden=8)
+        with pytest.raises(ValueError, match="does not name the SHA-256 of these weights"):
+            check_card(text, other, REPO)
+
+    def test_the_card_of_another_repository(self, tmp_path):
+        found = parts(tmp_path)
+        for other in ("somebody/tin", "somebody/tiny.2", "someone/tiny"):
+            with pytest.raises(ValueError, match=f"nowhere names hf-hub:{other}"):
+                check_card(render_card(found, REPO), found, other)
 
 
 @pytest.mark.skipif(not CARDS.is_dir(), reason="an installed package has no hub_cards/")

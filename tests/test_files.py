@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +69,64 @@ def test_an_exception_in_the_middle_changes_nothing_and_passes_unchanged(folder,
         save()
     assert caught.value is error
     assert contents(folder) == OLD
+
+
+def failing_replace(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], error: BaseException) -> list[str]:
+    """Let those calls of `Path.replace` fail whose number `fails` likes; gives the names of what was moved."""
+    original, moved, calls = Path.replace, [], itertools.count(1)
+
+    def replace(self: Path, target: Path) -> Path:
+        if fails(next(calls)):
+            raise error
+        moved.append(self.name)
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    return moved
+
+
+ENDS = (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), SystemExit(3))
+
+
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("which", [1, 2, 3])
+@pytest.mark.parametrize("links", [True, False])
+def test_what_fails_between_two_moves_is_undone(folder, monkeypatch, error, which, links):
+    if not links:
+        monkeypatch.setattr(timm_fsr.files.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no such thing here")))
+    failing_replace(monkeypatch, lambda number: number == which, error)
+
+    def save() -> None:
+        with staged(folder) as scratch:
+            for name in "abc":
+                (scratch / name).write_text(f"new {name}")
+
+    with pytest.raises(type(error)):
+        save()
+    assert contents(folder) == OLD
+
+
+def test_what_cannot_be_undone_is_kept_and_said(folder, monkeypatch):
+    failing_replace(monkeypatch, lambda number: number > 1, OSError(errno.EIO, "Input/output error"))
+
+    def save() -> None:
+        with staged(folder) as scratch:
+            for name in "ab":
+                (scratch / name).write_text(f"new {name}")
+
+    with pytest.raises(OSError, match=r"holds some new files beside old ones .* the old ones lie in") as caught:
+        save()
+    (old,) = folder.glob(".writing-*/.old-*")
+    assert f"the old ones lie in {old}: move them back" in str(caught.value)
+    assert (old / "a").read_text() == "old a"
+
+
+def test_what_describes_the_others_moves_last(folder, monkeypatch):
+    moved = failing_replace(monkeypatch, lambda number: False, KeyError())
+    with staged(folder) as scratch:
+        for name in ("a", "config.json", "model.safetensors"):
+            (scratch / name).write_text("new")
+    assert moved == ["a", "model.safetensors", "config.json"]
 
 
 def test_a_full_disk_changes_nothing_and_says_so(folder):

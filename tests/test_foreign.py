@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.cli import main
-from timm_fsr.convert import PLAIN
+from timm_fsr.convert import PLAIN, convert_plain
 from timm_fsr.foreign import convert_checkpoint, read_foreign
 
 SPELLING = {  # ours -> as RobustBench's checkpoints have it, written by hand for a few keys of each network
@@ -90,6 +91,10 @@ def spelt(architecture: str, classes: int = 10) -> dict[str, Tensor]:
     }
 
 
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
 class TestPlain:
     @pytest.mark.parametrize("architecture", list(SPELLING))
     def test_the_spelling_is_that_of_the_field(self, architecture):
@@ -135,6 +140,73 @@ class TestPlain:
         assert model.pretrained_cfg["std"] == pytest.approx((0.25,) * 3)
         model = convert_checkpoint(state, "resnet18_cifar", mean=(0.1,) * 3, std=(0.2,) * 3)
         assert model.pretrained_cfg["mean"] == (0.1,) * 3
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda state, stats: {"state_dict": {**prefixed(state, "model."), **stats}},
+            lambda state, stats: prefixed({**state, **stats}, "module.model."),
+            lambda state, stats: {**prefixed(state, "module.model."), **prefixed(stats, "module.")},
+            lambda state, stats: {"net": {"model": prefixed({**prefixed(state, "net."), **stats}, "module.")}},
+            lambda state, stats: {"state_dict": state, "epoch": 3, **stats},
+        ],
+        ids=["wrapped", "both inside", "beside", "deep", "beside the state dict"],
+    )
+    def test_what_normalises_is_found_in_any_wrapper(self, wrap):
+        statistics = {"mu": torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), "sigma": torch.full((1, 3, 1, 1), 0.25)}
+        model = convert_checkpoint(wrap(spelt("resnet18_cifar"), statistics), "resnet18_cifar")
+        assert model.pretrained_cfg["mean"] == pytest.approx((0.5, 0.4, 0.3))
+        assert model.pretrained_cfg["std"] == pytest.approx((0.25,) * 3)
+
+    def test_a_state_dict_alone_does_not_lose_it(self):
+        given = {**spelt("resnet18_cifar"), "mu": torch.tensor([0.5]), "sigma": torch.tensor([0.25])}
+        with pytest.raises(ValueError, match=r"mean \(0\.5,\) and std \(0\.25,\).*cannot keep; use `timm-fsr convert`"):
+            convert_plain(given, "resnet18_cifar")
+        model = convert_checkpoint(given, "resnet18_cifar")
+        assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == ((0.5,) * 3, (0.25,) * 3)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"mean": (0.5, 0.5)}, "mean .*is not one finite number for all or each of 3 channels"),
+            ({"mean": (math.nan, 0, 0)}, "mean .*is not one finite number"),
+            ({"std": (0.2, math.inf, 0.2)}, "std .*is not one finite number"),
+            ({"std": (0.2, 0.0, 0.2)}, "must be positive.*give another --std"),
+            ({"std": (-1.0, 1.0, 1.0)}, "must be positive"),
+        ],
+    )
+    def test_statistics_that_cannot_be(self, given, message):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(spelt("resnet18_cifar"), "resnet18_cifar", **given)
+        stored = {"mu": torch.tensor(given.get("mean", [0.5])), "sigma": torch.tensor(given.get("std", [0.2]))}
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint({**spelt("resnet18_cifar"), **stored}, "resnet18_cifar")
+
+    def test_weights_of_a_run_that_diverged(self):
+        state = spelt("resnet18_cifar")
+        state["linear.weight"] = state["linear.weight"] * math.nan
+        with pytest.raises(ValueError, match=r"'fc\.weight' holds numbers that are not finite"):
+            convert_checkpoint(state, "resnet18_cifar")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({1: 2}, "1 in the checkpoint is no named tensor but int; give a state dict"),
+            ({"linear.bias": "x"}, "'linear.bias' in the checkpoint is no named tensor but str"),
+            ({"conv1.weight": 3.0}, "'conv1.weight' in the checkpoint is no named tensor but float"),
+            ({"mean": [0.4] * 3, "std": [0.2] * 3}, "'mean' in the checkpoint is no named tensor but list"),
+            ({"linear.weight": torch.tensor(1.0)}, "has the shape"),
+        ],
+    )
+    def test_what_is_no_state_dict(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint({**spelt("resnet18_cifar"), **change}, "resnet18_cifar")
+
+    def test_a_checkpoint_that_holds_itself(self):
+        given: dict[str, Any] = {}
+        given["net"] = given
+        with pytest.raises(ValueError, match="wrapped more than 10 times, or holds itself; give a state dict"):
+            convert_checkpoint(given, "resnet18_cifar")
 
     @pytest.mark.parametrize(
         ("change", "architecture", "message"),

@@ -46,9 +46,9 @@ class TestModels:
 
     def test_weights_elsewhere(self, monkeypatch, saved, capsys):
         (saved / "model.safetensors").unlink()
+        monkeypatch.setenv("TIMM_FSR_HUB", "us")
         entry = timm_fsr.pretrained.read_pretrained(saved)
         monkeypatch.setattr(hub_commands, "list_pretrained", lambda: [entry])
-        monkeypatch.setenv("TIMM_FSR_HUB", "us")
         assert main(["models"]) == 0
         assert "hf-hub:us/resnet_tiny_cifar_fsr.toy" in capsys.readouterr().out
 
@@ -67,8 +67,12 @@ class TestCard:
         assert 'timm.create_model("x.y"' in text
 
     def test_elsewhere_with_a_baseline_and_a_licence(self, saved, tmp_path):
-        output = str(tmp_path / "card.md")
-        given = ["card", str(saved), "us/toy", "--output", output, "--license", "mit", "--baseline", str(saved)]
+        output, baseline = str(tmp_path / "card.md"), Report.load(saved / "report.json")
+        baseline.conditions["weights_sha256"] = "of the other model"
+        (tmp_path / "plain").mkdir()
+        baseline.save(tmp_path / "plain" / "report.json")
+        given = ["card", str(saved), "us/toy", "--output", output, "--license", "mit"]
+        given += ["--baseline", str(tmp_path / "plain")]
         assert main(given) == 0
         text = Path(output).read_text()
         assert "license: mit" in text
@@ -103,6 +107,25 @@ class TestPush:
         error = capsys.readouterr().err
         assert error.startswith("timm-fsr push: error: ")
         assert "lacks recipe.yaml" in error
+
+    @pytest.mark.parametrize("option", ["--license=mit", "--base-model=a/b", "--baseline={saved}"])
+    def test_options_of_the_card_beside_a_card_are_not_ignored(self, saved, capsys, option):
+        assert main(["card", str(saved), "us/toy"]) == 0
+        assert main(["push", str(saved), "us/toy", "--dry-run", option.format(saved=saved)]) == 2
+        name = option.split("=")[0].strip("-").replace("-", "_")
+        assert f"so {name} would be ignored; make it anew by timm-fsr card with them" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["noslash", "a/b/c", ""])
+    @pytest.mark.parametrize("command", ["card", "push"])
+    def test_a_name_that_none_can_have_is_found_without_the_hub(self, saved, capsys, command, name):
+        assert main([command, str(saved), name]) == 2
+        assert "is no name of a repository" in capsys.readouterr().err
+        assert not (saved / "README.md").exists()
+
+    def test_the_card_of_another_repository(self, saved, capsys):
+        assert main(["card", str(saved), "us/toy"]) == 0
+        assert main(["push", str(saved), "us/other", "--dry-run"]) == 2
+        assert "nowhere names hf-hub:us/other" in capsys.readouterr().err
 
     def test_private_and_public_exclude_each_other(self, saved):
         with pytest.raises(SystemExit):

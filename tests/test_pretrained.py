@@ -107,6 +107,12 @@ class TestTag:
         with pytest.raises(ValueError, match="damaged or were exchanged"):
             timm.create_model(tag, pretrained=True)
 
+    def test_another_namespace_after_the_import_changes_nothing(self, tag, folder, monkeypatch):
+        monkeypatch.setenv("TIMM_FSR_HUB", "elsewhere")
+        assert same_weights(timm.create_model(tag, pretrained=True), trained())
+        timm.create_model("resnet_tiny_cifar_fsr.at_fashion_mnist", pretrained=True)
+        self.test_exchanged_weights(tag, folder, folder.parent)
+
     def test_other_weights_by_the_users_will(self, tag, tmp_path):
         """A file named by the user is no checkpoint of the tag's: its checksum does not count."""
         other = timm.create_model(tag)
@@ -146,11 +152,12 @@ class TestRegistering:
             timm_fsr.register_pretrained(folder)
 
     def test_the_namespace_is_the_environments(self, folder, monkeypatch):
-        entry = read_pretrained(folder)
         monkeypatch.delenv("TIMM_FSR_HUB", raising=False)
-        assert entry.hub_id == f"timm-fsr/{TAG}"
+        assert read_pretrained(folder).hub_id == f"timm-fsr/{TAG}"
         monkeypatch.setenv("TIMM_FSR_HUB", "us")
-        assert entry.hub_id == f"us/{TAG}"
+        entry = read_pretrained(folder)
+        monkeypatch.setenv("TIMM_FSR_HUB", "them")
+        assert entry.hub_id == f"us/{TAG}", "what was registered stays"
         (folder / "model.safetensors").unlink()
         config = entry.pretrained_cfg()
         assert (config.file, config.hf_hub_id) == (None, f"us/{TAG}")

@@ -1,138 +1,21 @@
-"""Push and pull by the real client of the Hub, over HTTP, against a server on the loopback interface."""
+"""Pushes by the real client of the Hub, over HTTP, against a server on the loopback interface."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import timm
-import torch
 import yaml
-from hub_server import HubServer
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
+from hub_server import Repo
+from hub_tools import RECIPE, Client, logits, network, report_on, save
 
 import timm_fsr
-from timm_fsr.hub import weights_digest
 from timm_fsr.publishing import FILES, collect, push_folder
-from timm_fsr.report import Report
 
-CLIENT = Path(__file__).with_name("hub_client.py")
-RECIPE = {"seed": 0, "output": "runs/x", "model": {"name": "resnet_tiny_cifar", "layer": "fsr"}}
-
-
-class Client:
-    """A process of its own with a cache of its own, which does what tests/hub_client.py knows."""
-
-    def __init__(self, hub: HubServer, home: Path, token: str | None = "hf_owner", **environment: str) -> None:
-        settings = {**hub.environment(home, token), **environment}
-        command = [sys.executable, str(CLIENT)]
-        self.process = subprocess.Popen(
-            command, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def ask(self, name: str, *positional: Any, **named: Any) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps([name, positional, named]) + "\n")
-        self.process.stdin.flush()
-        return dict(json.loads(self.process.stdout.readline()))
-
-    def do(self, name: str, *positional: Any, **named: Any) -> Any:
-        """What came of it, which has to be no error."""
-        answer = self.ask(name, *positional, **named)
-        assert "value" in answer, answer
-        return answer["value"]
-
-    def fails(self, kind: str, text: str, name: str, *positional: Any, **named: Any) -> None:
-        answer = self.ask(name, *positional, **named)
-        assert answer.get("kind") == kind, answer
-        assert text in answer["message"]
-
-    @contextmanager
-    def using(self, token: str | None) -> Iterator[None]:
-        """Within it the process has another token, or none."""
-        self.do("setenv", "HF_TOKEN", token)
-        try:
-            yield
-        finally:
-            self.do("setenv", "HF_TOKEN", "hf_owner")
-
-    def close(self) -> None:
-        self.process.communicate(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def client(hub: HubServer, home: Path) -> Iterator[Client]:
-    process = Client(hub, home)
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def repo(hub: HubServer, request: pytest.FixtureRequest) -> str:
-    """A name that no other test uses; what was planned for another test is forgotten."""
-    hub._plans.clear()
-    hub.requests.clear()
-    return f"owner/test-{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:8]}"
-
-
-def network(seed: int = 0, **arguments: Any) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return timm.create_model("resnet_tiny_cifar_fsr", num_classes=4, fsr_hidden=4, **arguments).eval()
-
-
-def report_on(network: torch.nn.Module, **conditions: Any) -> Report:
-    right = torch.tensor([True, True, False, True])
-    return Report(
-        correct={"clean": right, "pgd20": right & torch.tensor([True, False, True, False])},
-        attacks={"pgd20": "PGD(...)"},
-        norm="linf",
-        eps=8 / 255,
-        seed=0,
-        labels=torch.arange(4),
-        conditions={"model": "x", "data": "toys[test]", "weights_sha256": weights_digest(network), **conditions},
-    )
-
-
-def save(folder: Path, seed: int = 0, **conditions: Any) -> Path:
-    model = network(seed)
-    return timm_fsr.save_pretrained(model, folder, report=report_on(model, **conditions), recipe=RECIPE)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    return save(tmp_path / "saved")
-
-
-def logits(model: torch.nn.Module) -> list[float]:
-    given = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return list(model.eval()(given).flatten().tolist())
-
-
-def sent(hub: HubServer, method: str, text: str) -> int:
-    return sum(one == method and text in path for one, path, _ in hub.requests)
+CARDS = Path(__file__).parents[1] / "hub_cards"
 
 
 class TestPush:
@@ -243,12 +126,60 @@ class TestTrouble:
         client.do("push", str(saved), repo)
         assert len(hub.repos[repo].commits) == 2
 
-    def test_a_pull_request_is_not_opened_twice(self, hub, client, repo, saved):
+    @pytest.mark.parametrize(
+        ("outcome", "text"),
+        [
+            ("hang up", "the connection to the Hub broke"),
+            (503, "the Hub answers 503"),
+            (403, "refused uploads"),
+        ],
+    )
+    def test_an_upload_of_the_weights_that_fails(self, hub, client, repo, saved, outcome, text):
+        """The client repeats such a request itself, a few times."""
+        hub.fail("PUT", f"/storage/{repo}/", outcome, times=99)
+        client.fails("ConnectionError", text, "push", str(saved), repo)
+        assert set(hub.repos[repo].commits[-1].files) == {".gitattributes"}
+        hub._plans.clear()
+        hub.fail("PUT", f"/storage/{repo}/", outcome, times=0 if outcome == 403 else 8)
+        client.do("push", str(saved), repo)
+        hub._plans.clear()
+        assert client.do("load", repo) == logits(network())
+
+    @pytest.mark.parametrize("outcome", ["hang up after", "504 after"])
+    def test_a_pull_request_is_not_opened_twice(self, hub, client, repo, saved, outcome):
+        """Not by the same push, which does not know that it was done, and not by the next, which looks first."""
         client.do("push", str(saved), repo)
         (saved / "README.md").write_bytes(collect(saved, repo)["README.md"] + b"\nReviewed.\n")
-        hub.fail("POST", f"{repo}/commit/", "hang up after", times=1)
-        client.fails("ConnectionError", "the connection to the Hub broke", "push", str(saved), repo, create_pr=True)
+        hub.fail("POST", f"{repo}/commit/", outcome, times=1)
+        client.fails("ConnectionError", "the same command completes it", "push", str(saved), repo, create_pr=True)
         assert len(hub.repos[repo].pull_requests) == 1
+        done = client.do("push", str(saved), repo, create_pr=True)
+        commit = hub.repos[repo].pull_requests[1][-1].oid
+        expected = {"repo_id": repo, "url": f"{hub.url}/{repo}/discussions/1", "commit": commit, "changed": False}
+        assert done == expected
+        (saved / "README.md").write_bytes(collect(saved, repo)["README.md"] + b"\nAgain.\n")
+        assert client.do("push", str(saved), repo, create_pr=True)["url"].endswith("discussions/2")
+
+    def test_a_pull_request_and_a_branch_exclude_each_other(self, saved):
+        with pytest.raises(ValueError, match="leave out create_pr or revision"):
+            push_folder(saved, "owner/name", create_pr=True, revision="longer")
+
+    def test_a_commit_that_was_made_but_not_answered_is_told_as_ours(self, hub, client, repo, saved):
+        hub.fail("POST", f"{repo}/commit/", "hang up after")
+        done = client.do("push", str(saved), repo)
+        assert done["changed"]
+        assert done["commit"] == hub.repos[repo].commits[-1].oid
+
+    def test_a_public_repository_made_in_between_gets_no_private_model(self, hub, client, repo, saved):
+        hub.on("POST", "repos/create", lambda: hub.repos.update({repo: Repo(private=False)}))
+        text = "exists and is public, not private as asked for; nothing was pushed"
+        client.fails("ValueError", text, "push", str(saved), repo, private=True)
+        assert set(hub.repos[repo].commits[-1].files) == {".gitattributes"}
+
+    def test_metadata_that_the_hub_does_not_accept_leave_no_empty_repository(self, hub, client, repo, saved):
+        text = "nothing was pushed: make the card anew by timm-fsr card"
+        client.fails("ValueError", text, "push", str(saved), repo, license="licence-of-nowhere")
+        assert repo not in hub.repos
 
     def test_a_wrong_token(self, hub, client, repo, saved):
         with client.using("hf_of_yesterday"):
@@ -281,6 +212,19 @@ class TestTrouble:
         files = hub.repos[repo].commits[-1].files
         assert files["notes.txt"] == b"theirs"
         assert files["README.md"].endswith(b"Reviewed.\n")
+
+    @pytest.mark.parametrize("create_pr", [False, True])
+    def test_a_model_pushed_in_between_is_not_mixed_with_ours(self, hub, client, repo, tmp_path, create_pr):
+        """The client leaves out files that have not changed; on top of another model they would be missing."""
+        ours = save(tmp_path / "a")
+        client.do("push", str(ours), repo)
+        (ours / "README.md").write_bytes(collect(ours, repo)["README.md"] + b"\nReviewed.\n")
+        theirs = collect(save(tmp_path / "b", seed=1), repo)
+        hub.on("POST", f"{repo}/commit/", lambda: hub.repos[repo].commit(theirs))
+        client.do("push", str(ours), repo, create_pr=create_pr)
+        history = hub.repos[repo].pull_requests[1] if create_pr else hub.repos[repo].commits
+        expected = collect(ours, repo)
+        assert {name: history[-1].files[name] for name in FILES} == expected
 
     def test_two_pushes_at_once_leave_one_model_whole(self, hub, client, repo, tmp_path):
         folders = [save(tmp_path / name, seed) for seed, name in enumerate("ab")]
@@ -370,108 +314,30 @@ class TestParts:
             timm_fsr.push_to_hub(model, "owner/name", report=report_on(model))
 
 
-class TestPull:
-    def test_other_classes_and_channels(self, client, repo, saved):
-        client.do("push", str(saved), repo)
-        assert len(client.do("load", repo, num_classes=7)) == 2 * 7
-        assert len(client.do("create", f"hf-hub:{repo}", num_classes=7, in_chans=1)) == 2 * 7
+class TestMetadata:
+    """Judged by the client's own `ModelCard.validate`, which asks the server."""
 
-    def test_from_the_cache_without_a_request(self, hub, client, repo, saved, home):
-        client.do("push", str(saved), repo)
-        assert client.do("load", repo) == logits(network())
-        hub.requests.clear()
-        offline = Client(hub, home, None, HF_HUB_OFFLINE="1")
-        assert offline.do("load", repo) == logits(network())
-        assert offline.do("create", f"hf-hub:{repo}") == logits(network())
-        offline.fails("FileNotFoundError", "is not in the cache", "load", "owner/never-seen")
-        offline.fails("ConnectionError", "HF_HUB_OFFLINE is set; unset it", "push", str(saved), repo)
-        offline.close()
-        assert hub.requests == []
-
-    def test_a_hub_that_is_gone(self, repo, saved, tmp_path):
-        with HubServer() as hub:
-            client = Client(hub, tmp_path / "home")
-            client.do("push", str(saved), repo)
-            client.do("load", repo)
-        assert client.do("load", repo) == logits(network()), "the cache has it"
-        client.fails("FileNotFoundError", "check your connection", "load", "owner/never-seen")
-        client.fails("ConnectionError", "the connection to the Hub broke", "push", str(saved), "owner/never-seen")
-        client.close()
+    @pytest.mark.skipif(not CARDS.is_dir(), reason="an installed package has no hub_cards/")
+    def test_the_published_cards_are_valid(self, client):
+        cards = [path for path in CARDS.glob("*.md") if path.stem != "README"]
+        assert cards
+        for path in cards:
+            client.do("validate", path.read_text())
 
     @pytest.mark.parametrize(
-        ("kind", "text", "name"),
+        ("old", "new"),
         [
-            ("FileNotFoundError", "the Hub has no model owner/nothing", "owner/nothing"),
-            ("FileNotFoundError", "has no such revision", "{repo}@nowhere"),
-            ("ValueError", "is no name of a repository", "hf-hub:a/b/c"),
+            ("license: apache-2.0", "license: My Own Licence"),
+            ("type: accuracy", "type: [accuracy]"),
+            ("- timm\n", "- 3\n"),
+            ("value: 75.0", "value: many"),
         ],
     )
-    def test_what_does_not_exist(self, client, repo, saved, kind, text, name):
-        client.do("push", str(saved), repo)
-        client.fails(kind, text, "load", name.format(repo=repo))
-
-    def test_a_busy_hub(self, hub, client, repo, saved):
-        client.do("push", str(saved), repo)
-        hub.fail("HEAD", repo, 503, times=30)
-        answer = client.ask("load", repo)
-        hub._plans.clear()
-        assert answer["kind"] in ("ConnectionError", "FileNotFoundError"), answer
-        assert "try again later" in answer["message"] or "check your connection" in answer["message"]
-
-    def test_a_repository_without_a_model(self, hub, client, repo, saved):
-        client.do("push", str(saved), repo)
-        hub.repos[repo].commit({"config.json": None})
-        client.fails("FileNotFoundError", "lacks a file that a timm model has", "load", repo)
-
-    @pytest.mark.parametrize("by", ["load", "create"])
-    def test_exchanged_weights(self, hub, client, repo, saved, by):
-        """Another network's weights of the same shapes, which nothing but the checksum tells apart."""
-        client.do("push", str(saved), repo)
-        tensors = load_tensors((saved / "model.safetensors").read_bytes())
-        changed: dict[str, Tensor] = {**tensors, "fc.bias": tensors["fc.bias"] + 1}
-        hub.repos[repo].commit({"model.safetensors": save_tensors(changed)})
-        name = repo if by == "load" else f"hf-hub:{repo}"
-        client.fails("ValueError", "damaged or were exchanged: the SHA-256 of model.safetensors", by, name)
-
-    @pytest.mark.parametrize(
-        ("change", "text"),
-        [
-            ({"architecture": "resnet_tiny_cifar_mist"}, "knows no feature layer 'mist' (it has fsr"),
-            ({"architecture": "resnext_of_tomorrow"}, "import the package that registers it, or update timm"),
-            ({"timm_fsr": {"format": 99, "version": "9.0"}}, "was saved by timm_fsr 9.0 in format 99"),
-            ({"timm_fsr": "?"}, "is damaged"),
-            ({"num_classes": None, "architecture": None}, "is damaged"),
-        ],
-    )
-    def test_a_configuration_from_elsewhere(self, hub, client, repo, saved, change, text):
-        client.do("push", str(saved), repo)
-        config = json.loads((saved / "config.json").read_text())
-        hub.repos[repo].commit({"config.json": json.dumps({**config, **change}).encode()})
-        client.fails("ValueError", text, "load", repo)
-
-
-class TestTags:
-    @pytest.fixture
-    def tagged(self, tmp_path: Path) -> Path:
-        """A checkpoint that the registry describes without having its weights."""
-        folder = save(tmp_path / "resnet_tiny_cifar_fsr.on_toys")
-        (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
-        return folder
-
-    def test_weights_come_from_the_namespace(self, hub, client, repo, saved, tagged, tmp_path):
-        client.do("setenv", "TIMM_FSR_HUB", "owner")
-        name = client.do("register", str(tagged))
-        assert name == "resnet_tiny_cifar_fsr.on_toys"
-        client.fails("FileNotFoundError", "the Hub has no model", "load", name)
-        client.do("push", str(saved), f"owner/{name}")
-        assert client.do("create", name) == logits(network())
-        assert client.do("load", name) == logits(network())
-        assert len(client.do("load", name, num_classes=7, in_chans=1)) == 2 * 7
-        code, text = client.do("command", "models")
-        assert code == 0
-        assert f"hf-hub:owner/{name}" in text
-        hub.repos[f"owner/{name}"].commit(collect(save(tmp_path / "other", seed=1), "owner/x"))
-        client.fails("ValueError", "damaged or were exchanged", "load", name)
+    def test_a_broken_one_is_not(self, client, saved, old, new):
+        card = collect(saved, "owner/name")["README.md"].decode()
+        client.do("validate", card)
+        assert old in card
+        client.fails("ValueError", "must be", "validate", card.replace(old, new))
 
 
 class TestCommand:
@@ -488,35 +354,3 @@ class TestCommand:
         assert (code, "no commit" in text) == (0, True)
         code, text = client.do("command", "push", str(saved / "nothing"), repo)
         assert (code, "timm-fsr push: error: " in text) == (2, True)
-
-
-def test_fine_tuning_a_published_model(hub, client, repo, saved, tmp_path):
-    """By name in a recipe, on images of other classes; the card says what it started from."""
-    client.do("push", str(saved), repo)
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (40, 32, 32, 3), np.uint8)
-    np.savez(tmp_path / "train.npz", image=pixels, label=np.arange(40) % 3)
-    run = tmp_path / "run"
-    flags = {
-        "output": run,
-        "model.name": f"hf-hub:{repo}",
-        "data.source": tmp_path / "train.npz",
-        "data.test_split": "train",
-        "data.held_out": 8,
-        "optim.epochs": 1,
-        "optim.batch_size": 16,
-        "attack.steps": 1,
-        "evaluation.attacks": "[fgsm]",
-        "evaluation.validation_steps": 1,
-    }
-    given = [f"--{key}={value}" for key, value in flags.items()]
-    code, text = client.do("command", "train", *given)
-    assert code == 0, text
-    code, text = client.do("command", "push", str(run / "best"), f"{repo}-tuned")
-    assert code == 0, text
-    files = hub.repos[f"{repo}-tuned"].commits[-1].files
-    assert f"base_model: {repo}" in files["README.md"].decode()
-    config = json.loads(files["config.json"])
-    assert (config["architecture"], config["num_classes"]) == ("resnet_tiny_cifar_fsr", 3)
-    assert config["model_args"]["fsr_hidden"] == 4
-    assert len(client.do("load", f"{repo}-tuned")) == 2 * 3

@@ -53,7 +53,10 @@ class TestCheck:
             (["--model.layer_args.frs.tau=1"], "unknown feature layer 'frs'"),
             (["--model.layer_args.hidden=16"], "layer_args"),
             (["--model.args.depth_of_thought=3"], "depth_of_thought"),
-            (["--model.name=resnet_tiny_cifar_fsr", "--model.layer_args.fsr.hidden=8"], "has the layer 'fsr' already"),
+            (
+                ["--model.name=resnet_tiny_cifar_fsr", "--model.layer_args.fsr.hidden=8"],
+                r"--model\.layer_args=\{\}\), or",
+            ),
             (["--model.name=resnet_tiny_cifar_fsr", "--model.at=[layer3]"], "has the layer 'fsr' already"),
             (["--objective.name=ta"], "unknown objective 'ta'; did you mean .*'at'"),
             (["--objective.args.at.label_smooting=0.1"], "did you mean 'label_smoothing'"),

@@ -63,12 +63,16 @@ class TestRetried:
             retried(action)
         assert (action.calls, waits) == (1, [])
 
-    def test_what_may_not_be_done_twice_is_not_after_a_broken_connection(self, waits):
-        action = Flaky(ReadError("reset"))
-        with pytest.raises(ReadError):
+    @pytest.mark.parametrize("error", [ReadError("reset"), Answered(500), Answered(502), Answered(504)])
+    def test_what_may_not_be_done_twice_is_not_when_it_may_be_done_already(self, waits, error):
+        action = Flaky(error)
+        with pytest.raises(type(error)):
             retried(action, once_sent=False)
         assert action.calls == 1
-        assert retried(Flaky(Answered(503)), once_sent=False) == "done"  # here the Hub has said that it was not done
+
+    @pytest.mark.parametrize("status", [409, 412, 429, 503])
+    def test_but_it_is_when_the_hub_has_not_begun_it(self, waits, status):
+        assert retried(Flaky(Answered(status)), once_sent=False) == "done"
 
 
 class TestExplained:
@@ -101,6 +105,26 @@ class TestExplained:
             raise Answered(403)
         with pytest.raises(ConnectionError, match="all of this push or nothing"), explained("a/b", writing=True):
             raise ReadError("reset")
+
+    @pytest.mark.parametrize(
+        ("cause", "text"),
+        [
+            (ReadError("reset by peer"), r"the connection to the Hub broke \(reset by peer\).*the same command"),
+            (Answered(503), "answers 503"),
+            (Answered(403, "expired"), r"refused uploads for a/b \(status 403\).*the same command completes it"),
+            (None, r"an upload for a/b broke off \(Error while uploading\)"),
+        ],
+    )
+    def test_an_upload_that_fails_inside_the_client(self, waits, cause, text):
+        outer = RuntimeError("Error while uploading")
+        outer.__cause__ = cause
+        with pytest.raises(ConnectionError, match=text), explained("a/b", writing=True):
+            raise outer
+
+    def test_one_that_broke_off_is_tried_again(self, waits):
+        outer = RuntimeError("Error while uploading")
+        outer.__cause__ = ReadError("reset")
+        assert retried(Flaky(outer)) == "done"
 
     @pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), FileNotFoundError("ours")])
     def test_other_errors_are_left_alone(self, error):

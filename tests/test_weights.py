@@ -31,7 +31,7 @@ def test_configurations_of_other_packages_have_none():
     assert check_record({"architecture": "resnet18"}, "here") == {}
 
 
-@pytest.mark.parametrize("record", [3, "x", {"format": "2"}, {"format": FORMAT + 1}])
+@pytest.mark.parametrize("record", [3, "x", {"format": "2"}, {"format": FORMAT + 1}, {"sha256": 5}, {"sha256": "no"}])
 def test_a_record_that_cannot_be_read(record):
     with pytest.raises(ValueError, match=r"here .*(is damaged|update timm_fsr)|configuration of here is damaged"):
         check_record({"timm_fsr": record}, "here")
@@ -41,12 +41,22 @@ def test_without_a_digest_nothing_is_said(tmp_path):
     check_digest(tmp_path / "not even there", None, "here")
 
 
-def test_a_folder_without_weights_or_configuration_is_not_judged(saved):
+def test_a_folder_without_configuration_or_checksum_is_not_judged(saved):
+    assert verify_folder(saved) == saved / "model.safetensors"
     (saved / "config.json").rename(saved / "other.json")
-    verify_folder(saved)
-    (saved / "other.json").rename(saved / "config.json")
+    assert verify_folder(saved) is None
+    config = json.loads((saved / "other.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "timm_fsr": {}}))
+    assert verify_folder(saved) is None
+
+
+@pytest.mark.parametrize("by", [timm_fsr.from_pretrained, lambda name: timm.create_model(name, pretrained=True)])
+def test_another_file_does_not_take_the_place_of_the_noted_one(saved, by):
+    tensors = load_file(saved / "model.safetensors")
+    torch.save({key: value + 1 for key, value in tensors.items()}, saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
-    verify_folder(saved)
+    with pytest.raises(ValueError, match=r"has no model\.safetensors.*noted checksum.*publish the model again"):
+        by(f"local-dir:{saved}")
 
 
 def test_a_changed_byte_is_found(saved):

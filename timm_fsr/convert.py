@@ -28,6 +28,7 @@ STATISTICS = ("mu", "sigma", "mean", "std", "normalize.mean", "normalize.std")  
 VGG_BLOCKS = ((0, 6), (7, 13), (14, 23), (24, 33), (34, 43))  # in timm's `features`; a pool follows each
 
 HIDDEN = 64  # width of the official separation and recalibration networks
+NESTED = 10  # wrappers and prefixes that are taken off
 SHOWN = 8  # keys that an error message lists before it only counts
 
 
@@ -36,6 +37,13 @@ class Target(NamedTuple):
 
     key: str
     shape: Shape
+
+
+class Statistics(NamedTuple):
+    """By what images in [0, 1] are normalised, for each channel or for all alike."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -148,10 +156,10 @@ def convert_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: none of the three networks, missing or unknown keys, or a tensor of another shape.
     """
-    official = _unwrap(state_dict)
+    official = _bare(state_dict)
     network = _recognise(official)
     head = official.get("aux.0.weight")
-    wanted = _wanted(network, num_classes=10 if head is None else len(head))
+    wanted = _wanted(network, num_classes=len(head) if head is not None and head.ndim else 10)
     return _renamed(official, wanted, network)
 
 
@@ -177,15 +185,14 @@ def convert_plain(state_dict: Mapping[str, Any], architecture: str) -> dict[str,
         architecture: one of `PLAIN`, such as "resnet18_cifar".
 
     Returns:
-        Our state dict, with as many classes as the given one. Mean and std that a wrapper has kept are left out.
+        Our state dict, with as many classes as the given one.
 
     Raises:
-        ValueError: no such network, missing or unknown keys, or a tensor of another shape.
+        ValueError: no such network, missing or unknown keys, a tensor of another shape, or a wrapper's mean and std.
     """
     if architecture not in PLAIN:
         raise ValueError(unknown("network to convert to", architecture, list(PLAIN)))
-    network, given = PLAIN[architecture], _unwrap(state_dict)
-    given = {key: value for key, value in given.items() if key not in STATISTICS}
+    network, given = PLAIN[architecture], _bare(state_dict)
     if any(key.startswith("separation.") for key in given):
         raise ValueError(f"these weights have FSR layers; convert them to {architecture}_fsr")
     spellings = (network, dataclasses.replace(network, spelling=()))  # the common one, and timm's
@@ -196,8 +203,8 @@ def convert_plain(state_dict: Mapping[str, Any], architecture: str) -> dict[str,
 
 def recognise_official(state_dict: Mapping[str, Any]) -> list[OfficialNetwork]:
     """The official FSR network that weights belong to, alone in a list; none for networks without FSR."""
-    given = _unwrap(state_dict)
-    if not any(str(key).startswith("separation.") for key in given):
+    given, _ = unwrap(state_dict)
+    if not any(key.startswith("separation.") for key in given):
         return []
     return [network for network in NETWORKS if network.signature in given][:1]
 
@@ -205,31 +212,56 @@ def recognise_official(state_dict: Mapping[str, Any]) -> list[OfficialNetwork]:
 def count_classes(state_dict: Mapping[str, Any]) -> int:
     """Classes of the last linear layer in a state dict; 10 if none is recognised."""
     for key in ("linear.weight", "fc.weight", "head.fc.weight", "classifier.4.weight"):
-        if key in state_dict:
+        if key in state_dict and state_dict[key].ndim:
             return len(state_dict[key])
     return 10
 
 
-def find_statistics(state_dict: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
-    """Mean and std that a wrapper has kept beside the weights, by which it normalises images before the network."""
+def unwrap(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], Statistics | None]:
+    """The state dict in a checkpoint, and by which mean and std its wrapper normalised images before the network.
+
+    Args:
+        checkpoint: a state dict, or a mapping that holds one under `state_dict`, `net` or `model`, as often as that;
+            prefixes that DataParallel and wrappers put before every key are taken off.
+
+    Raises:
+        ValueError: what is left is no state dict, or is nested without end.
+    """
+    state: dict[Any, Any] = dict(checkpoint)
+    for _ in range(NESTED):
+        inner = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), None)
+        if inner is not None:
+            beside = {key: state[key] for key in STATISTICS if isinstance(state.get(key), Tensor)}
+            state = {**beside, **inner}
+            continue
+        bare = [str(key) for key in state if key not in STATISTICS]
+        prefix = next((prefix for prefix in PREFIXES if bare and all(key.startswith(prefix) for key in bare)), None)
+        if prefix is None:
+            break
+        state = {str(key).removeprefix(prefix): value for key, value in state.items()}
+    else:
+        raise ValueError(f"the checkpoint is wrapped more than {NESTED} times, or holds itself; give a state dict")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"{key!r} in the checkpoint is no named tensor but {kind}; give a state dict")
     for mean, std in zip(STATISTICS[::2], STATISTICS[1::2], strict=True):
-        for prefix in ("", *PREFIXES):
-            if f"{prefix}{mean}" in state_dict and f"{prefix}{std}" in state_dict:
-                found = [state_dict[f"{prefix}{name}"].flatten().tolist() for name in (mean, std)]
-                return found[0], found[1]
-    return None
+        if mean in state and std in state:
+            found = [tuple(state.pop(name).flatten().tolist()) for name in (mean, std)]
+            return state, Statistics(*found)
+    return state, None
 
 
-def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict in `checkpoint`, without wrapper and without DataParallel's prefix."""
-    for name in WRAPPERS:
-        if isinstance(checkpoint.get(name), Mapping):
-            return _unwrap(checkpoint[name])
-    for prefix in PREFIXES:
-        rest = [key for key in checkpoint if key not in STATISTICS]
-        if rest and all(str(key).startswith(prefix) for key in rest):
-            return _unwrap({str(key).removeprefix(prefix): value for key, value in checkpoint.items()})
-    return dict(checkpoint)
+def _bare(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict alone; ValueError if that loses how images are normalised."""
+    state, statistics = unwrap(state_dict)
+    if statistics:
+        raise ValueError(
+            f"these weights come with the mean {statistics.mean} and std {statistics.std} by which their wrapper "
+            "normalises images, which a state dict cannot keep; use `timm-fsr convert`, or leave the two out and "
+            "normalise the images"
+        )
+    return state
 
 
 def _recognise(official: Mapping[str, Any]) -> OfficialNetwork:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from timm_fsr.convert import PLAIN, convert_official, convert_plain, find_statistics, recognise_official
+from timm_fsr.convert import PLAIN, convert_official, convert_plain, recognise_official, unwrap
 from timm_fsr.layers.base import unknown
 
 
@@ -66,13 +67,15 @@ def convert_checkpoint(
         std: the same for the division; None takes what the checkpoint says, else 1.
 
     Raises:
-        ValueError: another network than that, or unknown ones; see `convert_official` and `convert_plain`.
+        ValueError: another network than that, an unknown one, or numbers that cannot be; see `convert_official` and
+            `convert_plain`.
     """
-    official = {f"{network.backbone}_fsr": network for network in recognise_official(checkpoint)}
+    weights, found = unwrap(checkpoint)
+    official = {f"{network.backbone}_fsr": network for network in recognise_official(weights)}
     if architecture in PLAIN and not official:
-        state = convert_plain(checkpoint, architecture)
+        state = convert_plain(weights, architecture)
     elif architecture in official:
-        state = convert_official(checkpoint)
+        state = convert_official(weights)
     elif official:
         raise ValueError(f"these are weights of {', '.join(official)}, not of {architecture}; name that architecture")
     elif architecture.removesuffix("_fsr") in PLAIN:
@@ -83,13 +86,30 @@ def convert_checkpoint(
     else:
         known = [*PLAIN, "resnet18_cifar_fsr", "vgg16_bn_cifar_fsr", "wrn34_10_cifar_fsr"]
         raise ValueError(unknown("architecture to convert to", architecture, known))
-    found = find_statistics(checkpoint)
-    statistics = {"mean": mean or (found and found[0]), "std": std or (found and found[1])}
-    overlay = {key: tuple(values) for key, values in statistics.items() if values}
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{broken[0]!r} holds numbers that are not finite; the checkpoint is of a run that diverged: take another"
+        )
     classes = next(len(state[key]) for key in ("fc.weight", "head.fc.weight") if key in state)
+    statistics = {"mean": mean or (found and found.mean), "std": std or (found and found.std)}
+    overlay = {key: _of_channels(key, values, 3) for key, values in statistics.items() if values}
     model = timm.create_model(architecture, num_classes=classes, pretrained_cfg_overlay=overlay or None)
     model.load_state_dict(state)
     return model.eval()
+
+
+def _of_channels(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One number for each channel, by which images can be normalised."""
+    numbers = tuple(values) * channels if len(values) == 1 else tuple(values)
+    if len(numbers) != channels or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(
+            f"the {name} {tuple(values)} is not one finite number for all or each of {channels} channels; "
+            f"give --{name} as such"
+        )
+    if name == "std" and min(numbers) <= 0:
+        raise ValueError(f"the std {numbers} must be positive, for images are divided by it; give another --std")
+    return numbers
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save, save_file
-from timm.models._hub import download_from_hf, save_config_for_hf
+from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
 from torch import Tensor, nn
 
 from timm_fsr.files import staged
@@ -25,12 +25,21 @@ from timm_fsr.layers import list_layers
 from timm_fsr.layers.base import unknown
 from timm_fsr.models import list_pretrained
 from timm_fsr.pixels import PixelModel
-from timm_fsr.pretrained import RECIPE, REPORT
+from timm_fsr.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.remote import explained
 from timm_fsr.report import Report
 from timm_fsr.sites import layer_groups
 from timm_fsr.version import __version__
-from timm_fsr.weights import CONFIG, RECORD, WEIGHTS, check_record, make_record, verify_folder, verify_hub
+from timm_fsr.weights import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    check_record,
+    make_record,
+    told_by_version,
+    verify_folder,
+    verify_hub,
+)
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 _REPOSITORY = r"[\w.-]+/[\w.-]+(@[^/\s]+)?"
@@ -51,7 +60,8 @@ def save_pretrained(
     Args:
         model: a timm model made by `timm.create_model`, with feature layers or without, or a PixelModel of one.
         folder: made if missing; files of these names in it are replaced, each atomically, when all are written.
-        report: written beside them as `report.json`; without one, an older one there is removed.
+        report: written beside them as `report.json`; without one, an older one there is removed. So is an older model
+            card: it is about other weights.
         recipe: how it was trained, written as `recipe.yaml`; None takes the one that the report of a training run has.
 
     Returns:
@@ -78,9 +88,11 @@ def save_pretrained(
             recipe = recipe or (report.conditions.get("recipe") if report else None)
             if recipe:
                 (scratch / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
-        for name, written in ((REPORT, report), (RECIPE, recipe)):
-            if not written:
-                (folder / name).unlink(missing_ok=True)  # it is about other weights
+        stale = [name for name, written in ((REPORT, report), (RECIPE, recipe)) if not written]
+        if _is_card(folder / CARD):
+            stale.append(CARD)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)  # it is about other weights
     finally:
         if original is not None:
             model._model_args = original
@@ -138,12 +150,16 @@ def load(name: str, **kwargs: Any) -> nn.Module:
     if name.startswith(HUB):
         repository = name.removeprefix(HUB)
         with explained(repository):
-            _check_hub(repository, kwargs.get("cache_dir"))
-            return _create(name, **{"pretrained": True, **kwargs})
+            name = f"{HUB}{_checked(repository, kwargs.get('cache_dir'))}"
+            return _create(
+                name, {"source": "hf-hub", "hf_hub_id": name.removeprefix(HUB)}, {"pretrained": True, **kwargs}
+            )
+    source = {}
     if name.startswith(FOLDER):
-        verify_folder(Path(name.removeprefix(FOLDER)))
+        source = {"source": "local-dir", "file": name.removeprefix(FOLDER)}
+        verify_folder(Path(source["file"]))
     with explained(name):
-        return _create(name, **({"pretrained": True, **kwargs} if is_trained(name) else kwargs))
+        return _create(name, source, {"pretrained": True, **kwargs} if is_trained(name) else kwargs)
 
 
 def is_trained(name: str) -> bool:
@@ -192,11 +208,16 @@ def base_model(model: nn.Module) -> nn.Module:
     return base_model(model.model) if isinstance(model, PixelModel) else model
 
 
-def _check_hub(name: str, cache_dir: str | None) -> None:
-    """Refuse what timm would refuse in its own words, or not at all; the files checked stay in the cache."""
+def _checked(name: str, cache_dir: str | None) -> str:
+    """The repository with its present commit, so that what is loaded is what has been checked.
+
+    Refuses what timm would refuse in its own words, or not at all; the files checked stay in the cache.
+    """
     path = Path(download_from_hf(name, CONFIG, cache_dir=cache_dir))
-    _check_config(path, f"hf-hub:{name}")
-    verify_hub(name, cache_dir)
+    _check_config(path, f"{HUB}{name}")
+    commit = f"{hf_split(name)[0]}@{path.parent.name}"
+    verify_hub(commit, cache_dir)
+    return commit
 
 
 def _check_config(path: Path, source: str | None = None) -> None:
@@ -230,15 +251,18 @@ def _remedy(config: Mapping[str, Any]) -> str:
     return f"import the package that registers it, or update timm{saved}"
 
 
-def _create(name: str, **kwargs: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, **kwargs)
-    except (TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{name} cannot be built with these arguments: {_one_line(error)}") from error
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(
-            f"the weights of {name} are missing, damaged, for another network or no plain tensors: {_one_line(error)}"
-        ) from error
+def _create(name: str, source: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
+    """Timm's model; `source` is where its configuration is, as in a `pretrained_cfg`."""
+    with told_by_version(source, arguments.get("cache_dir")):
+        try:
+            return timm.create_model(name, **arguments)
+        except (TypeError, AttributeError, AssertionError) as error:
+            raise ValueError(f"{name} cannot be built with these arguments: {_one_line(error)}") from error
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            raise ValueError(
+                f"the weights of {name} are missing, damaged, for another network or no plain tensors: "
+                f"{_one_line(error)}"
+            ) from error
 
 
 def _one_line(error: Exception) -> str:
@@ -254,6 +278,13 @@ def _check_rebuildable(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be rebuilt from a checkpoint: {architecture!r} is no registered timm "
             "model; create the model by timm.create_model, with one kind of feature layer"
         )
+
+
+def _is_card(path: Path) -> bool:
+    """Is it the card of a model, and not somebody's text about the folder?"""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    head = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+    return head is not None and "library_name: timm\n" in head[1]
 
 
 def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:

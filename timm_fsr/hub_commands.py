@@ -13,13 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from timm_fsr.cards import CARD, check_card, read_parts, render_card
+from timm_fsr.cards import check_card, render_card
 from timm_fsr.convert import PLAIN
 from timm_fsr.files import staged, write_text
 from timm_fsr.foreign import convert_checkpoint, read_foreign
 from timm_fsr.hub import save_pretrained
 from timm_fsr.models import list_pretrained
-from timm_fsr.pretrained import REPORT, Pretrained
+from timm_fsr.parts import read_parts
+from timm_fsr.pretrained import CARD, REPORT, Pretrained
 from timm_fsr.publishing import collect, push_folder
 from timm_fsr.report import Report
 from timm_fsr.weights import CONFIG
@@ -61,7 +62,7 @@ def card_command(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     parts = read_parts(options.folder)
     text = render_card(parts, options.repo_id, tag=options.tag, **_card_options(options))
-    check_card(text, parts)
+    check_card(text, parts, options.repo_id)
     path = Path(options.output) if options.output else Path(options.folder) / CARD
     write_text(path, text)
     Console(highlight=False, soft_wrap=True).print(f"card: {path}; review it before it is pushed", markup=False)

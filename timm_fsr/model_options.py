@@ -87,7 +87,8 @@ class ModelOptions:
         if other or (present and self.at is not None):
             raise ValueError(
                 f"{self.name} has the layer {layer!r} already, built with {present[0]}; leave out model.at and "
-                f"model.layer_args.{layer}, or name a model without it"
+                f"model.layer_args.{layer} (over a recipe that has them: --model.at=null --model.layer_args={{}}), or "
+                "name a model without it"
             )
         return bool(present)
 

@@ -25,7 +25,7 @@ from timm_fsr.layers.base import check_layer_args
 from timm_fsr.places import At
 from timm_fsr.pretrained import Pretrained, embedded_pretrained, read_pretrained
 from timm_fsr.sites import LayerGroup, attach, layer_groups
-from timm_fsr.weights import StateDict, load_weights
+from timm_fsr.weights import StateDict, load_weights, told_by_version
 
 __all__: list[str] = []  # timm's registry adds every entrypoint
 default_cfgs: dict[str, DefaultCfg] = {}
@@ -165,7 +165,8 @@ def build_variant(
         at = at if at is not None else known.model_args.get("at")
         kwargs.pop("at", None)
     layer_args = {key.removeprefix(f"{layer}_"): kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{layer}_")}
-    check_layer_args(layer_class(layer), layer_args)
+    with told_by_version(config, cache_dir):
+        check_layer_args(layer_class(layer), layer_args)
     if pretrained or pretrained_backbone:
         _check_file(config.get("file"))
     own, backbone = _load_state(base, layer, config, known, cache_dir) if pretrained else ({}, {})

@@ -17,7 +17,7 @@ from timm_fsr.weights import CONFIG, RECORD, WEIGHTS, check_record
 HUB_VARIABLE = "TIMM_FSR_HUB"
 DEFAULT_HUB = "timm-fsr"
 
-REPORT, RECIPE = "report.json", "recipe.yaml"
+CARD, REPORT, RECIPE = "README.md", "report.json", "recipe.yaml"
 _EMBEDDED = Path(__file__).parent / "embedded" / "pretrained"
 
 
@@ -30,12 +30,15 @@ class Pretrained:
         tag: what follows it after a dot: "at_fashion_mnist".
         folder: with its `config.json`, `report.json` and, if the package brings them, its weights.
         config: content of `config.json`.
+        namespace: of its repository on the Hub: what TIMM_FSR_HUB named when the folder was read, else our own. What
+            timm's registry was told must not change later.
     """
 
     architecture: str
     tag: str
     folder: Path
     config: Mapping[str, Any]
+    namespace: str = DEFAULT_HUB
 
     @property
     def name(self) -> str:
@@ -44,8 +47,8 @@ class Pretrained:
 
     @property
     def hub_id(self) -> str:
-        """Its repository, in the namespace that the environment variable TIMM_FSR_HUB names, else in our own."""
-        return f"{os.environ.get(HUB_VARIABLE) or DEFAULT_HUB}/{self.name}"
+        """Its repository."""
+        return f"{self.namespace}/{self.name}"
 
     @property
     def weights(self) -> Path | None:
@@ -102,7 +105,7 @@ def read_pretrained(folder: str | Path) -> Pretrained:
         raise ValueError(
             f"the folder {folder.name} holds a {found}; call it {found}.<tag>, as it will be known to timm"
         )
-    return Pretrained(architecture, tag, folder, config)
+    return Pretrained(architecture, tag, folder, config, os.environ.get(HUB_VARIABLE) or DEFAULT_HUB)
 
 
 def embedded_pretrained() -> Iterator[Pretrained]:

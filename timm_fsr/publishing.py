@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tempfile
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from torch import nn
 
-from timm_fsr.cards import CARD, Parts, check_card, read_parts, render_card
+from timm_fsr.cards import check_card, render_card
 from timm_fsr.hub import load, save_pretrained
-from timm_fsr.pretrained import RECIPE, REPORT
+from timm_fsr.metadata import check_repo_id
+from timm_fsr.parts import Parts, read_parts
+from timm_fsr.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.remote import explained, retried
 from timm_fsr.report import Report
 from timm_fsr.weights import CONFIG, RECORD, WEIGHTS
@@ -132,13 +136,17 @@ def push_folder(
     """Publish a folder that `save_pretrained` wrote; the other arguments and errors are those of `push_to_hub`.
 
     A card (`README.md`) in the folder is pushed unchanged; without one, one is generated. The folder is only read.
+    An open pull request of ours that holds the same already is found, not doubled.
     Paths of this machine in the report and the recipe are cut to their last part.
     """
     files = collect(folder, repo_id, license=license, base_model=base_model, baseline=baseline)
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"a pull request is made against main, not {revision!r}; leave out create_pr or revision")
     message = message or f"Publish {repo_id.rpartition('/')[2]} by timm_fsr"
     push = Push(repo_id, files, private, revision, create_pr, message, token)
+    heads: list[str | None] = []
     with explained(repo_id, writing=True):
-        return retried(lambda: _push(push), once_sent=not create_pr)  # a second pull request would do harm
+        return retried(lambda: _push(push, heads), once_sent=not create_pr)  # a second pull request would do harm
 
 
 def collect(
@@ -155,6 +163,14 @@ def collect(
         ValueError, FileNotFoundError: see `push_to_hub`.
     """
     folder = Path(folder)
+    check_repo_id(repo_id)
+    given = {"license": license, "base_model": base_model, "baseline": baseline}
+    ignored = ", ".join(name for name, value in given.items() if value is not None)
+    if ignored and (folder / CARD).is_file():
+        raise ValueError(
+            f"{folder} has a card, which is pushed unchanged, so {ignored} would be ignored; make it anew by timm-fsr "
+            "card with them, or leave them out"
+        )
     parts = read_parts(folder)
     load(str(folder))  # whoever downloads it has to be able to
     _check_same_weights(parts, folder)
@@ -162,7 +178,7 @@ def collect(
         card = (folder / CARD).read_text(encoding="utf-8")
     else:
         card = render_card(parts, repo_id, license=license, base_model=base_model, baseline=baseline)
-    check_card(card, parts)
+    check_card(card, parts, repo_id)
     config, weights = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != parts.config[RECORD]["sha256"] or json.loads(config) != parts.config:
         raise ValueError(f"{folder} was changed while it was read, as a running training does; push it afterwards")
@@ -192,25 +208,42 @@ def _check_same_weights(parts: Parts, folder: Path) -> None:
         )
 
 
-def _push(push: Push) -> Published:
-    """One try, which finds what an earlier one has done already."""
+def _push(push: Push, heads: list[str | None]) -> Published:
+    """One try, which finds what an earlier one has done already.
+
+    Args:
+        push: what and where.
+        heads: the last commit of the branch at the beginning of each earlier try; this try's is added.
+    """
     api = HfApi(token=push.token)
+    _check_metadata(push)
     _prepare_repository(api, push)
-    try:
-        before = api.repo_info(push.repo_id, revision=push.revision).sha
-    except RevisionNotFoundError:
-        before = None
-    if push.revision is not None and before is None and not push.create_pr:
-        api.create_branch(push.repo_id, branch=push.revision, exist_ok=True)
-        before = api.repo_info(push.repo_id, revision=push.revision).sha
+    before = _head(api, push)
+    heads.append(before)
+    if push.create_pr:
+        there = _find_pull_request(api, push)
+        if there is not None:
+            return dataclasses.replace(there, changed=len(heads) > 1)  # then an earlier try has made it
     info = api.create_commit(
         push.repo_id,
         [CommitOperationAdd(name, content) for name, content in push.files.items()],
         commit_message=push.message,
         revision=push.revision,
         create_pr=push.create_pr,
+        parent_commit=before,  # files that have not changed are not sent: they must not have changed since either
     )
-    return Published(push.repo_id, info.pr_url or info.commit_url, info.oid, info.oid != before)
+    return Published(push.repo_id, info.pr_url or info.commit_url, info.oid, info.oid != heads[0])
+
+
+def _check_metadata(push: Push) -> None:
+    """Let the Hub judge the card before it makes a repository for it, for it alone knows all that it accepts."""
+    try:
+        ModelCard(push.files[CARD].decode()).validate(repo_type="model")
+    except ValueError as error:
+        raise ValueError(
+            f"the Hub does not accept the card's metadata ({' '.join(str(error).split())}); nothing was pushed: "
+            "make the card anew by timm-fsr card"
+        ) from error
 
 
 def _prepare_repository(api: HfApi, push: Push) -> None:
@@ -219,10 +252,41 @@ def _prepare_repository(api: HfApi, push: Push) -> None:
         existing = api.repo_info(push.repo_id)
     except RepositoryNotFoundError:
         api.create_repo(push.repo_id, private=push.private, exist_ok=True)
-        return
+        existing = api.repo_info(push.repo_id)  # which somebody else may have made meanwhile
     if push.private is not None and bool(existing.private) != push.private:
         kinds = {True: "private", False: "public"}
         raise ValueError(
             f"{push.repo_id} exists and is {kinds[bool(existing.private)]}, not {kinds[push.private]} as asked for; "
             "nothing was pushed: change it in its settings on the Hub, leave the option out, or use another name"
         )
+
+
+def _head(api: HfApi, push: Push) -> str | None:
+    """The last commit of the branch, which is made if it is missing."""
+    try:
+        return api.repo_info(push.repo_id, revision=push.revision).sha
+    except RevisionNotFoundError:
+        api.create_branch(push.repo_id, branch=str(push.revision), exist_ok=True)
+        return api.repo_info(push.repo_id, revision=push.revision).sha
+
+
+def _find_pull_request(api: HfApi, push: Push) -> Published | None:
+    """An open pull request of ours that holds all of the push already."""
+    ours = api.whoami()["name"]
+    for found in api.get_repo_discussions(
+        push.repo_id, author=ours, discussion_type="pull_request", discussion_status="open"
+    ):
+        revision = f"refs/pr/{found.num}"
+        there = api.get_paths_info(push.repo_id, list(push.files), revision=revision)
+        kept = {entry.path: entry for entry in there if isinstance(entry, RepoFile)}
+        if all(name in kept and _is_kept(kept[name], content) for name, content in push.files.items()):
+            commit = api.repo_info(push.repo_id, revision=revision).sha
+            return Published(push.repo_id, found.url, str(commit), changed=False)
+    return None
+
+
+def _is_kept(entry: RepoFile, content: bytes) -> bool:
+    """Does the Hub list this content? By SHA-256 where it is kept as LFS, else by the id that git gives it."""
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

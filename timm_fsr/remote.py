@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -25,6 +25,7 @@ WAITS = (1.0, 2.0, 4.0)
 """Seconds before the second, third and fourth try."""
 
 _BUSY = (429, 500, 502, 503, 504)
+_UNDONE = (429, 503)  # with these the request was not even begun
 _CONFLICT = (409, 412)  # somebody else has committed at the same time
 _TOKEN = "run `hf auth login`, set HF_TOKEN to a valid token, or unset it for public models"
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def explained(name: str, *, writing: bool = False) -> Iterator[None]:
     except HFValidationError as error:
         raise ValueError(f"{name!r} is no name of a repository ({_first(error)}); write user/name") from error
     except Exception as error:
-        found = _explanation(error, name)
+        found = _explanation(error, name, _UPLOADS if writing else _CASES)
         if found is None:
             raise
         kind, text = found
@@ -64,14 +65,16 @@ def retried(action: Callable[[], Result], *, once_sent: bool = True) -> Result:
 
     Args:
         action: has to do no harm when it is done twice.
-        once_sent: try again after a broken connection too, when nobody knows whether the action was done.
+        once_sent: try again too when nobody knows whether the action was done: after a broken connection, or when what
+            stands before the Hub (500, 502, 504) has answered in its place.
     """
+    passing = (*_CONFLICT, *(_BUSY if once_sent else _UNDONE))
     for wait in WAITS:
         try:
             return action()
         except Exception as error:
             status = _status(error)
-            if not (status in (*_BUSY, *_CONFLICT) or (once_sent and _is_broken_connection(error))):
+            if not (status in passing or (once_sent and _is_broken_connection(error))):
                 raise
             _log.warning("the Hub answered %s; trying again in %g s", status or "nothing", wait)
             time.sleep(wait)
@@ -151,27 +154,55 @@ _CASES = (
 )
 
 
-def _explanation(error: Exception, name: str) -> tuple[type[OSError], str] | None:
+_UPLOADS = (
+    _Case(
+        lambda error, status: isinstance(error, RuntimeError) and status in (401, 403),
+        ConnectionError,
+        "the storage of the Hub refused uploads for {name} (status {status}), as it does when its address has expired",
+    ),
+    *_CASES,
+    _Case(
+        lambda error, _: isinstance(error, RuntimeError),
+        ConnectionError,
+        "an upload for {name} broke off ({reason}); check the connection",
+    ),
+)
+"""In a push the client's `RuntimeError`s are of its uploads, whichever of its two ways they go."""
+
+
+def _explanation(error: Exception, name: str, cases: Sequence[_Case]) -> tuple[type[OSError], str] | None:
     """The kind of error to raise and its message; None for what has nothing to do with the Hub."""
     status = _status(error)
-    case = next((case for case in _CASES if case.applies(error, status)), None)
-    return case and (case.kind, case.text.format(name=name, status=status, reason=_first(error)))
+    case = next((case for case in cases if case.applies(error, status)), None)
+    return case and (case.kind, case.text.format(name=name, status=status, reason=_first(_telling(error))))
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, which may be the cause of the one at hand."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that caused it: the client wraps what breaks an upload in errors of its own."""
     while error is not None:
-        response: Any = getattr(error, "response", None)
-        if response is not None:
-            return int(response.status_code)
+        yield error
         error = error.__cause__
-    return None
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error."""
+    answers = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((int(answer.status_code) for answer in answers if answer is not None), None)
+
+
+def _is_transport(error: BaseException) -> bool:
+    """Is it an error of the HTTP library without an answer? Its package has changed names; its class has not."""
+    return isinstance(error, ConnectionError) or any(base.__name__ == "TransportError" for base in type(error).__mro__)
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Is it an error of the HTTP library without an answer? Its package has changed names; its class has not."""
-    transport = any(base.__name__ == "TransportError" for base in type(error).__mro__)
-    return _status(error) is None and (transport or isinstance(error, ConnectionError))
+    return _status(error) is None and any(_is_transport(cause) for cause in _causes(error))
+
+
+def _telling(error: BaseException) -> BaseException:
+    """The first of an error and its causes that comes from the Hub or the connection; else the error itself."""
+    told = (cause for cause in _causes(error) if getattr(cause, "response", None) is not None or _is_transport(cause))
+    return next(told, error)
 
 
 def _first(error: BaseException) -> str:
