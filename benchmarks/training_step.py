@@ -266,6 +266,9 @@ def parse_args() -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=5, help="timed rounds")
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--compile", metavar="BACKEND", help="add compiled variants, such as by inductor")
+    options.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory, a process a variant"
+    )
     options.add_argument("--peak", help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.official and args.model != ARCHITECTURE:
@@ -295,12 +298,12 @@ def main() -> None:
         images, labels = batch_of(args)
         calls = {name: (lambda step=step: step(images, labels)) for name, step in steps.items()}
         timings = time_in_turn(calls, rounds=args.rounds, device=args.device)
-        memory = {name: peak_memory(name) for name in steps}
+        memory = {name: peak_memory(name) for name in steps} if args.memory else {}
     print("\n" + table(timings, per=" a step"))
-    reference = next(iter(memory.values()))
-    print("\n| variant | peak memory of a step, MB | share of the first |\n| --- | --- | --- |")
-    for name, value in memory.items():
-        print(f"| {name} | {value:.0f} | {value / reference:.2f} |")
+    if memory:
+        reference = next(iter(memory.values()))
+        print("\n| variant | peak memory of a step, MB | share of the first |\n| --- | --- | --- |")
+        print("\n".join(f"| {name} | {value:.0f} | {value / reference:.2f} |" for name, value in memory.items()))
     images_per_second = {name: args.batch / timing.median for name, timing in timings.items()}
     results["timings"] = {name: timing.to_dict() for name, timing in timings.items()}
     write(args.json, {**results, "images_per_second": images_per_second, "peak_memory_mb": memory})

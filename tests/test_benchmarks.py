@@ -18,14 +18,14 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 # The arguments that make each script take seconds.
 TINY = {
-    "autoattack_speed": "--images 3 --eps 0.001 --version rand",
+    "autoattack_speed": "--images 3 --eps 0.5",
     "data_loading": "--rounds 1 --limit 64 --batch 16 --demo-batch 4 --large-batch 1 --large-steps 1",
     "overhead": "--rounds 1 --models resnet_tiny_cifar test_vit --layers fsr --batch 2 --attack-steps 1 "
     "--image-size 64",
     "scaling": "--parts costs --rounds 1 --attack-steps 1 2 --image-sizes 8 16 --sites 0 1 --batches 2 4",
     "profile_step": "--model resnet_tiny_cifar --batch 2 --steps 1 --rounds 1",
     "startup": "--rounds 1 --warmup 0 --models resnet_tiny_cifar --more-layers 1",
-    "training_step": "--model resnet_tiny_cifar --batch 2 --steps 1 --rounds 1",
+    "training_step": "--model resnet_tiny_cifar --batch 2 --steps 1 --rounds 1 --no-memory",
 }
 
 # What the scripts share, and those without a tiny mode.
