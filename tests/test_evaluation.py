@@ -228,11 +228,12 @@ class Wrong(nn.Module):
 
 
 class SquareRoot(nn.Module):
-    """Finite everywhere, with an infinite slope at black, as a hand-made normalisation may have."""
+    """Finite everywhere, with a slope of NaN at bright images, as a hand-made normalisation may have."""
 
     def forward(self, given: Tensor) -> Tensor:
-        total = (given - given).flatten(1).sum(1).sqrt()
-        return torch.stack([total, total - 1], dim=1)
+        level = given.mean(dim=(1, 2, 3))
+        root = torch.where(level > 0.7, 0 * level, torch.ones_like(level)).sqrt() - 1
+        return torch.stack([0.8 - level + root, level - 0.8 + root], dim=1)
 
 
 class TestRefusals:
@@ -303,10 +304,14 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"did not fire.*reattach"):
             evaluate(model, (images(), labels()))
 
-    def test_adversarial_images_that_are_no_numbers(self):
-        """The class of NaN logits is that of the first one: such images would count as right for label 0."""
-        with pytest.raises(ValueError, match="the attack 'pgd3' gave NaN or infinite pixels"):
-            evaluate(SquareRoot(), (images(), torch.zeros(4).long()), attacks=["pgd3"])
+    @pytest.mark.parametrize("attack", ["pgd3", "apgd5", "apgd-ce", "fab-t"])
+    def test_gradients_that_are_no_numbers(self, attack):
+        """They move nothing, so such images would count as robust; the first batch does not show them."""
+        batches = [(grey(0.2, 0.3), torch.tensor([0, 0])), (grey(0.72), torch.tensor([0]))]
+        with pytest.raises(ValueError, match=r"gave NaN or infinite pixels|met a gradient of NaN or infinity"):
+            evaluate(SquareRoot(), batches, attacks=[attack])
+        with pytest.raises(ValueError, match="NaN or infinite for 1 of 1 images, so attacks cannot follow it"):
+            evaluate(SquareRoot(), batches[1:], attacks=[attack])
 
     def test_half_precision_and_models_that_stay_in_training_mode(self, model):
         with pytest.raises(ValueError, match=r"call model\.float\(\) first"):

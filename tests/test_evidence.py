@@ -116,6 +116,23 @@ class TestMaskedModel:
         assert "not repeatable" in texts(found, "warning")
 
 
+class Rooted(Brightness):
+    """A root of zero for images darker than a border: the same logits, and gradients of NaN."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        level = given.mean(dim=(1, 2, 3))
+        return (
+            super().forward(given) + (torch.where(level < 0.3, 0 * level, torch.ones_like(level)).sqrt() - 1)[:, None]
+        )
+
+
+@pytest.mark.parametrize(("batch_size", "message"), [(12, "NaN or infinite for 3 of 12"), (1, "'eps 0.25' gave NaN")])
+def test_gradients_that_are_no_numbers_are_named_as_the_fault(batch_size, message):
+    order = torch.arange(11, -1, -1)  # dark ones last: the first batch does not show it
+    with pytest.raises(ValueError, match=message):
+        gather_evidence(Rooted().eval(), IMAGES[order], LABELS[order], eps=EPS, batch_size=batch_size)
+
+
 class TestFeatureLayers:
     def test_masks_and_noise_are_looked_at(self, quick):
         model = with_fsr(tiny_resnet(in_chans=1)).eval()

@@ -62,6 +62,11 @@ class Rounded(Linear):
         return super().forward(given.round())
 
 
+class Rooted(Linear):
+    def forward(self, given: Tensor) -> Tensor:
+        return super().forward(given) + (given - given).square().sum(dim=(1, 2, 3)).sqrt()[:, None]
+
+
 class Stubborn(Linear):
     def train(self, mode: bool = True) -> nn.Module:
         return super().train(True)
@@ -107,6 +112,7 @@ class TestExamine:
             (Softmax(), "the model returned probabilities.*remove it"),
             (Pair(), "type tuple for 4 images; it must return logits"),
             (Broken(), "NaN or infinite logits for clean images"),
+            (Rooted(), "NaN or infinite for 4 of 4 images.*call any model robust.*add a small constant"),
             (Linear(1), "1 class; there is nothing to confuse"),
             (Linear(2), r"labels run from 0 to 3, but the model has 2 classes"),
             (nn.Identity(), r"shape \(4, 3, 32, 32\)"),

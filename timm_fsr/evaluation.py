@@ -33,7 +33,7 @@ from timm_fsr.outcomes import (
 )
 from timm_fsr.pixels import as_pixel_model, check_images
 from timm_fsr.report import Report
-from timm_fsr.soundness import Soundness, check_logits, check_model, examine
+from timm_fsr.soundness import Soundness, check_attacked, check_logits, check_model, examine
 from timm_fsr.stages import Stage, Suite
 from timm_fsr.suites import AUTOATTACK_SUITES, ENSEMBLE, OFFICIAL, Target, build_suites, check_names
 from timm_fsr.version import __version__
@@ -365,11 +365,7 @@ def _listed(attacks: Sequence[str | Suite]) -> Sequence[str | Suite]:
 
 def _check_budget(attacked: Tensor, images: Tensor, norm: str, eps: float, name: str) -> None:
     """An attack that cheats would make any model look weak, and one that gives NaN any model strong."""
-    if not torch.isfinite(attacked).all():
-        raise ValueError(
-            f"the attack {name!r} gave NaN or infinite pixels, so the model's gradients are such; check its weights "
-            "and its forward pass for divisions and roots"
-        )
+    check_attacked(attacked, name)
     delta = (attacked - images).flatten(1)
     size = {"linf": delta.abs().amax(dim=1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(dim=1)}[norm]
     inside = attacked.shape == images.shape and bool((size <= eps * (1 + 1e-4) + 1e-6).all())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from timm_fsr.adaptive import mean_gradient
 from timm_fsr.apgd import APGD
-from timm_fsr.attacks import PGD, Attack, LossFunction, anchored, attack_mode, input_gradient, random_in_ball
+from timm_fsr.attacks import PGD, Attack, LossFunction, attack_mode, input_gradient, judged_loss, random_in_ball
 from timm_fsr.autoattack import Component
 from timm_fsr.data import derive_generator
 from timm_fsr.inference import BATCH_SIZE, full_precision, predict
@@ -24,7 +24,7 @@ from timm_fsr.margins import cross_entropy, dlr, margin
 from timm_fsr.pixels import as_pixel_model, check_images
 from timm_fsr.report import format_eps
 from timm_fsr.sites import record
-from timm_fsr.soundness import check_model, examine
+from timm_fsr.soundness import check_attacked, check_model, examine
 from timm_fsr.surrogates import feature_layers, noisy
 
 STEPS = (10, 50, 100, 1000)
@@ -86,11 +86,12 @@ class Subject:
             generator = derive_generator(self.seed, 0, number, 0, self.images.device, stream=f"evidence {name}")
             labels = self.labels[part]
             result[part] = attack(self.loss_fn(loss, labels), self.images[part], generator=generator)
+            check_attacked(result[part], name)
         return result
 
     def loss_fn(self, loss: ImageLoss, labels: Tensor) -> LossFunction:
         """What an attack maximises on the images with these labels."""
-        return anchored(lambda images: loss(self.model(images), labels))
+        return judged_loss(self.model, loss, labels)
 
     def right_on(self, images: Tensor, kind: str) -> Tensor:
         """(N,) bool: is the image classified correctly?"""

@@ -79,7 +79,7 @@ def examine(model: nn.Module, images: Tensor, labels: Tensor) -> Soundness:
 
     Raises:
         ValueError: the model does not return one row of finite logits per image but, for example, a tuple or
-            probabilities, has fewer than two classes, or does not know the labels.
+            probabilities, has fewer than two classes, does not know the labels, or has no finite gradient.
         RuntimeError: a feature layer that does not fire.
     """
     with record(model) as tape, _counting_gradients() as count:
@@ -90,6 +90,7 @@ def examine(model: nn.Module, images: Tensor, labels: Tensor) -> Soundness:
         tape.check_fired()
     again = model(images)
     gradients = input_gradient(anchored(lambda x: F.cross_entropy(model(x), labels, reduction="none")), images)
+    check_gradients(gradients)
     return Soundness(
         num_classes=logits.shape[1],
         random=not torch.allclose(logits, again, rtol=1e-4, atol=1e-5),
@@ -134,6 +135,26 @@ def check_finite(logits: Tensor, kind: str) -> None:
     if not torch.isfinite(logits).all():
         raise ValueError(
             f"the model returned NaN or infinite logits for {kind} images; check its weights and its gradients"
+        )
+
+
+def check_gradients(gradients: Tensor) -> None:
+    """Raise ValueError for NaN or infinite gradients (N, ...): no attack can follow them, so all would look robust."""
+    broken = int((~torch.isfinite(gradients)).flatten(1).any(dim=1).sum())
+    if broken:
+        raise ValueError(
+            f"the gradient of the loss is NaN or infinite for {broken} of {len(gradients)} images, so attacks cannot "
+            "follow it and would call any model robust; look in the forward pass for roots and norms of zero and for "
+            "divisions, and add a small constant there"
+        )
+
+
+def check_attacked(attacked: Tensor, name: str) -> None:
+    """Raise ValueError for attacked images that are NaN, which attacks make of those whose gradient is."""
+    if not torch.isfinite(attacked).all():
+        raise ValueError(
+            f"the attack {name!r} gave NaN or infinite pixels, so the gradients that it follows are such; check the "
+            "model's weights, and its forward pass for divisions and for roots and norms of zero"
         )
 
 
