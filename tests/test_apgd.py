@@ -170,7 +170,7 @@ class TestSuccesses:
 
     @pytest.mark.parametrize("attack", [PGD, APGD])
     def test_more_restarts_never_break_fewer(self, attack):
-        """Brighter images are taken for class 1; darker ones confuse more, with 38 classes at once, and break nothing."""
+        """Brighter images are taken for class 1; darker ones confuse more, with 38 classes, and break nothing."""
 
         def model(images: Tensor) -> Tensor:
             level = 20 * (images.mean(dim=(1, 2, 3)) - 0.5)

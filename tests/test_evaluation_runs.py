@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from tiny import images, tiny_resnet, with_fsr
 from torch import Tensor, nn
 
+import timm_fsr.adaptive
 import timm_fsr.evaluation
 from timm_fsr.evaluation import evaluate, rescore
 from timm_fsr.hub import save_pretrained
@@ -67,6 +68,11 @@ class Dying:
         return (given + 0.1 * noise).clamp(given - 0.03, given + 0.03).clamp(0, 1)
 
 
+def no_square(model: nn.Module, given: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """A Square that does nothing."""
+    return given
+
+
 def chain(run: Dying) -> Suite:
     return Suite("chain", tuple(Stage(name, "noise", run) for name in ("one", "two", "three")))
 
@@ -100,6 +106,20 @@ class TestResume:
         found = evaluate(model, other, attacks=[chain(counted)], folder=tmp_path)
         assert counted.calls > calls
         assert outcomes(found) == outcomes(evaluate(model, other, attacks=[chain(counted)]))
+
+    @pytest.mark.parametrize("attack", ["transfer", "adaptive"])
+    def test_other_weights_of_a_transfer_source_are_attacked_with_anew(self, model, tmp_path, attack, monkeypatch):
+        monkeypatch.setattr(timm_fsr.adaptive, "STEPS", 1)
+        monkeypatch.setattr(timm_fsr.adaptive, "Component", lambda *_: no_square)
+        sources = [tiny_resnet(), network()]
+        found = [
+            evaluate(model, batches(1), attacks=[attack], folder=tmp_path, transfer_from={"base": source}, eps=0.1)
+            for source in (*sources, sources[1])
+        ]
+        details = [report.attacks[list(report.correct)[1]] for report in found]
+        assert details[0] != details[1] == details[2]
+        lines = (tmp_path / "outcomes" / "0.jsonl").read_text().splitlines()
+        assert sum(line.count('"transfer from base"]') for line in lines) == 2
 
     def test_another_model_is_refused(self, model, tmp_path):
         evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path)

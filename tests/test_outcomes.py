@@ -9,13 +9,12 @@ import torch
 from tiny import images, labels, tiny_resnet, with_fsr
 from torch import nn
 
+from timm_fsr.digests import batch_key, model_digest
 from timm_fsr.outcomes import (
     Journal,
     attacked_batches,
     attacked_suites,
-    batch_key,
     load_attacked,
-    model_digest,
     save_attacked,
     suite_key,
 )
@@ -108,6 +107,15 @@ class TestKeys:
         normalised.pretrained_cfg["mean"] = (0.5, 0.5, 0.5)
         seen.add(digest(normalised))
         assert len(seen) == 5
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.int64])
+    def test_buffers_of_every_kind_count(self, dtype):
+        model = tiny_resnet()
+        digests = []
+        for value in (0, 1):
+            model.register_buffer("extra", torch.tensor(value).to(dtype))
+            digests.append(model_digest(model))
+        assert digests[0] != digests[1]
 
 
 class TestAttackedImages:

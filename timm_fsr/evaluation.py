@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks import attack_mode
 from timm_fsr.autoattack import implementation_version
 from timm_fsr.data import derive_generator
+from timm_fsr.digests import batch_key, model_digest
 from timm_fsr.folding import Folding, find_folding
 from timm_fsr.hub import base_model, weights_digest
 from timm_fsr.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
@@ -25,9 +26,7 @@ from timm_fsr.outcomes import (
     Journal,
     attacked_batches,
     attacked_suites,
-    batch_key,
     load_attacked,
-    model_digest,
     save_attacked,
     suite_key,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from timm_fsr.digests import text_digest
 from timm_fsr.files import staged, write_text
-from timm_fsr.layers import FeatureLayer
 from timm_fsr.stages import Stage, Suite
 
 CLEAN = "clean"
@@ -85,28 +84,7 @@ class Journal:
 
 def suite_key(suite: Suite, stage: Stage) -> tuple[str, str]:
     """The names under which the outcome of a stage is noted; other parameters give another one."""
-    return f"{suite.name} {_digest(suite.detail)}", stage.name
-
-
-def batch_key(index: int, images: Tensor, labels: Tensor) -> str:
-    """The name under which the outcomes of a batch are noted; other images give another one."""
-    digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    for tensor in (images, labels):
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return f"{index} {digest.hexdigest()[:16]}"
-
-
-def model_digest(model: nn.Module) -> str:
-    """The first 16 hexadecimal digits of a SHA-256 over the structure and all the weights and buffers of a model."""
-    digest = hashlib.sha256(repr(model).encode())
-    for module in model.modules():  # what a module's repr does not say: the arguments of feature layers and of timm
-        digest.update(repr(getattr(module, "_model_args", "")).encode())
-        digest.update(repr(module.resolved_args() if isinstance(module, FeatureLayer) else "").encode())
-    tensors = [*model.named_parameters(), *model.named_buffers()]  # buffers that are not saved count too: mean, std
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return f"{suite.name} {text_digest(suite.detail)}", stage.name
 
 
 def save_attacked(folder: Path, suite: str, index: int, images: Tensor, labels: Tensor) -> None:
@@ -172,10 +150,6 @@ def _difference(found: Mapping[str, Any], key: Mapping[str, Any]) -> str:
 
 def _to_flags(text: str) -> Tensor:
     return torch.tensor([flag == "1" for flag in text], dtype=torch.bool)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _file_name(suite: str) -> str:
