@@ -346,5 +346,5 @@ class TestChains:
         stages = [("apgd-ce", Fixed([0], [])), ("square", Fixed([0], []))]
         report = evaluate(Brightness(), self.PAIR, eps=1, attacks=[suite("mine", *stages, every_image=False)])
         assert report.notes[-1] == (
-            "in 'mine', Square broke 20.0 % of the images that the attacks before it missed: suspect masked gradients"
+            "in 'mine', Square broke 1 of 5 images (20.0 %) that the attacks before it missed: suspect masked gradients"
         )

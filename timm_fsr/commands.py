@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_fsr.assessment import PAGE, REPORT, assess, check_classes, load_entry
 from timm_fsr.data import EMBEDDED, ImageData, load_data
-from timm_fsr.evaluation import Standing, evaluate, rescore
+from timm_fsr.evaluation import Standing, evaluate
 from timm_fsr.files import staged, write_text
 from timm_fsr.hub import load
 from timm_fsr.inference import BATCH_SIZE
@@ -22,6 +22,7 @@ from timm_fsr.notation import parse_number
 from timm_fsr.page import render_page
 from timm_fsr.progress import bar
 from timm_fsr.report import WORST_CASE, Report
+from timm_fsr.rescoring import rescore
 from timm_fsr.suites import check_names
 
 _EVALUATE = """Clean and robust accuracy of a model, and the evidence for it.
@@ -209,9 +210,8 @@ def _training_report(model: str) -> Report | None:
 
 def _rescore(options: argparse.Namespace, console: Console) -> None:
     model = _load_model(options, options.device)
-    for suite, correct in rescore(model, options.attacked).items():
-        share = 100 * int(correct.sum()) / len(correct)
-        console.print(f"{options.model} on images attacked by {suite}: {share:.2f} % right ({len(correct)} images)")
+    for suite, outcome in rescore(model, options.attacked).items():
+        console.print(f"{options.model} on images attacked by {suite}: {outcome.sentence()}", markup=False)
 
 
 def _print_report(report: Report, options: argparse.Namespace, console: Console) -> None:
