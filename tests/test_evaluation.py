@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import timm_fsr.inference
 from timm_fsr.attacks import PGD
 from timm_fsr.evaluation import Standing, evaluate
+from timm_fsr.inference import _precision_switches
 from timm_fsr.pixels import PixelModel
 from timm_fsr.sites import layer_groups
 from timm_fsr.stages import Stage, Suite
@@ -203,17 +204,16 @@ class TestManners:
         assert inside.to_dict() == plain.to_dict()
         assert set(seen) == {torch.float32}
 
-    def test_tf32_is_off_inside_and_restored(self, model):
-        seen: list[bool] = []
-        model.conv1.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-        before = torch.backends.cudnn.allow_tf32
-        try:
-            torch.backends.cudnn.allow_tf32 = True
-            evaluate(model, (images(), labels()), attacks=[])
-            assert torch.backends.cudnn.allow_tf32
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
-        assert set(seen) == {False}
+    def test_tf32_is_off_inside(self, model):
+        """And restored: see test_inference.py."""
+        seen: list[object] = []
+        model.conv1.register_forward_hook(
+            lambda *_: seen.append([getattr(holder, name) for holder, name, _ in _precision_switches()])
+        )
+        evaluate(model, (images(), labels()), attacks=[])
+        exact = [value for _, _, value in _precision_switches()]
+        assert seen
+        assert all(found == exact for found in seen)
 
 
 class Wrong(nn.Module):

@@ -145,8 +145,8 @@ def _noise(evidence: Mapping[str, Any]) -> list[tuple[str, float]]:
         ("noise", "uniform"): "random points of the ball",
         ("noise", "corners"): "random points of its edge",
         ("noise", "pgd"): "PGD-20",
-        ("square", "white_box"): "APGD by two losses",
-        ("square", "after_square"): "APGD by two losses, then Square",
+        ("square", "white_box"): "every white-box attack of the evidence",
+        ("square", "after_square"): "these, then Square",
         ("noise_on", "clean"): "clean, with the layers' noise on",
         ("noise_on", "pgd_eot"): "PGD-20 through the noise, with the noise on",
     }
