@@ -160,6 +160,10 @@ class TestSeeds:
         assert seeds(["b", "c", "a"]) == alone
         assert len({*alone, *seeds(["a"], seed=1), *fixed["b"].seeds}) == 6
 
+    def test_no_attack_is_said(self, model):
+        report = evaluate(model, (images(), labels()), attacks=[])
+        assert "no attack was run: the worst case is nothing but the clean accuracy" in report.notes
+
     def test_the_default_generator_is_left_alone(self, model):
         torch.manual_seed(0)
         state = torch.get_rng_state()
@@ -193,6 +197,12 @@ class TestManners:
     @staticmethod
     def state(model: nn.Module) -> tuple[list[bool], list[bool]]:
         return [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_images_of_another_precision_are_taken_in_float32(self, model, dtype):
+        given = images().to(dtype)
+        found, expected = (evaluate(model, (x, labels()), attacks=["pgd2"]) for x in (given, given.float()))
+        assert found.to_dict() == expected.to_dict()
 
     def test_the_callers_contexts_change_nothing(self, model):
         """Neither no_grad nor autocast: half precision would hide weak spots."""
@@ -266,6 +276,7 @@ class TestRefusals:
             ((images()[:0], labels()[:0]), "is empty|no image to evaluate"),
             ([], "no image to evaluate on; check the data's split"),
             ([(images(), labels(3))], r"shape \(4,\)"),
+            ((images().double() * 2, labels()), r"must lie in \[0, 1\]"),
             (images(), "pairs of tensors"),
             ((images().numpy(), labels().numpy()), "pairs of tensors"),
             ([images()], "pairs of tensors"),

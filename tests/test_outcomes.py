@@ -116,6 +116,12 @@ class TestKeys:
         seen.add(digest(normalised))
         assert len(seen) == 5
 
+    def test_buffers_that_are_views_count(self):
+        model = tiny_resnet(in_chans=1)
+        model.register_buffer("one", torch.zeros(1, 1).expand(1, 1)[:, :1].as_strided((1, 1), (1, 0)))
+        model.register_buffer("many", torch.zeros(1).expand(5))
+        assert len(model_digest(as_pixel_model(model))) == 16
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.int64])
     def test_buffers_of_every_kind_count(self, dtype):
         model = tiny_resnet()

@@ -92,7 +92,7 @@ def assess(
         The report.
 
     Raises:
-        ValueError, ModuleNotFoundError, RuntimeError: see `timm_fsr.evaluate`.
+        ValueError, ModuleNotFoundError, UnsoundError: see `timm_fsr.evaluate`.
         OSError: the folder cannot be written.
     """
     folder = Path(folder)

@@ -38,4 +38,5 @@ def text_digest(text: str) -> str:
 
 def _bytes(tensor: Tensor) -> bytes:
     """The memory of a tensor; by way of bytes, as numpy does not know bfloat16."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # also of expanded ones
+    return plain.flatten().view(torch.uint8).numpy().tobytes()

@@ -19,6 +19,7 @@ from timm_fsr.attacks import attack_mode
 from timm_fsr.collation import BatchOutcome, Part, put_together
 from timm_fsr.data import derive_generator
 from timm_fsr.digests import batch_key, model_digest
+from timm_fsr.faults import UnsoundError
 from timm_fsr.folding import Folding, find_folding
 from timm_fsr.hub import base_model, weights_digest
 from timm_fsr.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
@@ -105,7 +106,7 @@ def evaluate(
         ValueError: an unknown attack, images outside [0, 1], labels that do not fit, a model that does not return
             one finite row of logits per image, no data, or a folder with another evaluation.
         ModuleNotFoundError: an attack needs a package that is not installed.
-        RuntimeError: a feature layer that does not fire, or an attack that leaves the ball.
+        UnsoundError: a feature layer that does not fire, or an attack that leaves the ball.
     """
     check_names([a for a in _listed(attacks) if isinstance(a, str)], norm, eps, sources=bool(transfer_from))
     if save_images and folder is None:
@@ -303,9 +304,9 @@ def _check_budget(attacked: Tensor, images: Tensor, norm: str, eps: float, name:
     size = {"linf": delta.abs().amax(dim=1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(dim=1)}[norm]
     inside = attacked.shape == images.shape and bool((size <= eps * (1 + 1e-4) + 1e-6).all())
     if not (inside and float(attacked.min()) >= 0 and float(attacked.max()) <= 1):
-        raise RuntimeError(
+        raise UnsoundError(
             f"the attack {name!r} left [0, 1] or the {norm} ball of radius {eps:g} (reached {float(size.max()):g}); "
-            "its result would mean nothing"
+            "its result would mean nothing; mend the attack"
         )
 
 

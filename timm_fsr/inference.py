@@ -39,7 +39,7 @@ def _precision_switches() -> list[tuple[Any, str, Any]]:
 
     Where torch has `fp32_precision`, by that alone: its older flags refuse to be read once both kinds have been set.
     """
-    backends = torch.backends
+    backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
     holders = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
