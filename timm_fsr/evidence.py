@@ -133,14 +133,17 @@ def _eps_sweep(subject: Subject) -> dict[str, Any]:
         accuracies.append(_share(flags))
         if accuracies[-1] == 0 or (subject.norm == "linf" and eps >= 1):
             break
-    curve = ", ".join(f"{100 * a:.1f} % at {format_eps(e)}" for e, a in zip(radii, accuracies, strict=True))
+    curve = ", ".join(
+        f"{100 * a:.1f} % at {format_eps(e, subject.norm)}" for e, a in zip(radii, accuracies, strict=True)
+    )
+    last = format_eps(radii[-1], subject.norm)
     rises = any(later > earlier + _TOLERANCE for earlier, later in itertools.pairwise(accuracies))
     if accuracies[-1] > 0:
-        finding = _warn(f"PGD-50 does not reach 0 % accuracy even at eps {format_eps(radii[-1])}: suspect masking")
+        finding = _warn(f"PGD-50 does not reach 0 % accuracy even at eps {last}: suspect masking")
     elif rises:
         finding = _warn(f"accuracy rises with eps somewhere ({curve}): suspect masking")
     else:
-        finding = _fine(f"PGD-50 brings accuracy to 0 % at eps {format_eps(radii[-1])}, as it must")
+        finding = _fine(f"PGD-50 brings accuracy to 0 % at eps {last}, as it must")
     at_eps = {} if robust is None else {"robust": robust.tolist()}  # none where a smaller radius has broken all
     return {"eps": radii, "accuracy": accuracies, **at_eps, "findings": [finding]}
 
