@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.apgd import APGD
-from timm_fsr.attacks import PGD, attack_mode
+from timm_fsr.attacks import PGD, Judged, attack_mode, judged_loss
 from timm_fsr.margins import cross_entropy, dlr, margin
 
 EPS = {"linf": 0.06, "l2": 0.9}
@@ -135,6 +135,70 @@ class TestSteps:
         assert any(torch.equal(found[1], point[1]) for point in calls[3:])
 
 
+class TestSuccesses:
+    """The highest cross-entropy need not be a misclassified image's: three even logits have 1.1, two of them 0.7."""
+
+    @staticmethod
+    def seen(hits: dict[int, float], **options: int) -> tuple[Tensor, list[Tensor]]:
+        """The result for a loss that rises with each pass, and falls in those of `hits`, where it is a success."""
+        points: list[Tensor] = []
+
+        def loss(images: Tensor) -> Judged:
+            points.append(images.detach())
+            value = hits.get(len(points) - 1, float(len(points)))
+            fooled = torch.full((len(images),), len(points) - 1 in hits)
+            aside = torch.randn(images.shape, generator=torch.Generator().manual_seed(len(points)))
+            return Judged((images * aside).mean(dim=(1, 2, 3)) * 1e-6 + value, fooled)  # so that all iterates differ
+
+        generator = torch.Generator().manual_seed(0)
+        return APGD(eps=0.1, **options)(loss, GREY, generator=generator), points
+
+    def test_a_misclassified_iterate_is_kept_whatever_its_loss(self):
+        found, points = self.seen({3: -5.0}, steps=10)
+        assert torch.equal(found, points[3])
+        assert not torch.equal(points[3], points[4])
+
+    def test_of_several_that_of_highest_loss(self):
+        found, points = self.seen({2: -7.0, 3: -5.0, 6: -6.0}, steps=10)
+        assert torch.equal(found, points[3])
+
+    def test_restarts_do_not_give_it_up(self):
+        for hit in (1, 6, 10):
+            found, points = self.seen({hit: -5.0}, steps=4, restarts=3)
+            assert len(points) == 15
+            assert torch.equal(found, points[hit])
+
+    @pytest.mark.parametrize("attack", [PGD, APGD])
+    def test_more_restarts_never_break_fewer(self, attack):
+        """Brighter images are taken for class 1; darker ones confuse more, with 38 classes, and break nothing."""
+
+        def model(images: Tensor) -> Tensor:
+            level = 20 * (images.mean(dim=(1, 2, 3)) - 0.5)
+            others = (-level).clamp_min(0) - 2.1
+            return torch.stack([torch.zeros_like(level), level.clamp_min(0) - 1, *[others] * 38], dim=1)
+
+        images, labels = torch.full((40, 1, 2, 2), 0.5), torch.zeros(40, dtype=torch.int64)
+        broken = torch.zeros(40, dtype=torch.bool)
+        for restarts in (1, 2, 4):
+            run, generator = attack(eps=0.1, steps=5, restarts=restarts), torch.Generator().manual_seed(5)
+            found = run(judged_loss(model, cross_entropy, labels), images, generator=generator)
+            after = model(found).argmax(1) != labels
+            assert not bool((broken & ~after).any())
+            assert int(after.sum()) > int(broken.sum())
+            broken = after
+
+    def test_no_pass_is_added(self, trained, batch):
+        images, labels = batch[0][:4], batch[1][:4]
+        calls: list[int] = []
+        handle = trained.register_forward_hook(lambda *_: calls.append(1))
+        try:
+            with attack_mode(trained):
+                APGD(eps=0.06, steps=7)(judged_loss(trained, cross_entropy, labels), images)
+        finally:
+            handle.remove()
+        assert len(calls) == 8
+
+
 class TestJudge:
     def test_the_judge_chooses_and_the_loss_only_steers(self):
         """Steered to brighter images, judged by darkness: the start, which is the darkest seen, is kept."""
@@ -156,6 +220,32 @@ class TestJudge:
             APGD(steps=1)(lambda x: x.mean(), GREY)
         with pytest.raises(ValueError, match="does not depend on the images"):
             APGD(steps=1)(lambda x: torch.zeros(2), GREY)
+
+
+class Root(nn.Module):
+    """The mean pixel plus a root of zero, whose slope is NaN at images brighter than a border."""
+
+    def __init__(self, border: float) -> None:
+        super().__init__()
+        self.border = border
+
+    def forward(self, images: Tensor) -> Tensor:
+        level = images.mean(dim=(1, 2, 3))
+        return level + torch.where(level > self.border, 0 * level, torch.ones_like(level)).sqrt() - 1
+
+
+class TestBrokenGradients:
+    @pytest.mark.parametrize("border", [0.0, 0.55], ids=["from the start", "on the way"])
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_such_images_are_nan_as_with_pgd(self, norm, border):
+        """The best iterate would be one that the walk never left, or left unhurt, and so look robust."""
+        images = torch.cat([GREY[:1], GREY[:1] * 0.2])  # the second one stays below the border
+        for attack in (APGD(norm=norm, eps=0.4, steps=8), APGD(norm=norm, eps=0.4, steps=8, restarts=2)):
+            found = attack(Root(border), images, generator=torch.Generator().manual_seed(0))
+            assert bool(found[0].isnan().all())
+            assert bool(found[1].isnan().any()) == (border == 0)
+        walked = PGD(norm=norm, eps=0.4, steps=8)(Root(border), images, generator=torch.Generator().manual_seed(0))
+        assert bool(walked[0].isnan().any())
 
 
 class TestManners:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ class TestCommand:
         pytest.importorskip("imagecorruptions")
         folder = tmp_path / "out"
         flags = ["--limit", 12, "--attacks", "fgsm", "transfer", "--transfer-from", saved, "--output", folder]
-        extra = ["--save-images", "--evidence", 2, "--corruptions", 1, "--eps", "2/255"]
+        extra = ["--save-images", "--batch-size", 6, "--evidence", 2, "--corruptions", 1, "--eps", "2/255"]
         assert run("evaluate", saved, *flags, *extra) == 0
         report = Report.load(folder / "report.json")
         assert list(report.correct) == ["clean", "fgsm", f"transfer from {saved}"]
@@ -45,6 +46,7 @@ class TestCommand:
         assert len(report.corruptions) == 15
         assert set(report.corruptions["fog"]) == set("12345")
         assert report.calibration["clean"]["accuracy"] == report.accuracy["clean"]
+        assert report.conditions["batch_size"] == 6
         assert report.conditions["checkpoint_rule"] == "best PGD-10 accuracy on held-out"
         assert report.conditions["data"] == "fashion_mnist[test] limited to 12"
         assert len(report.conditions["classes"]) == 10
@@ -127,6 +129,61 @@ class TestAssess:
         report = assess(tiny_resnet(in_chans=1), data, tmp_path, attacks=["fgsm"], name="mine")
         assert report.to_dict() == Report.load(tmp_path / "report.json").to_dict()
         assert load_entry(tmp_path).title == "mine"
+
+    def test_later_runs_do_not_lose_what_is_known(self, tmp_path, monkeypatch):
+        """Else leaving out an attack, or the evidence, would make a report look better."""
+        evidence, fog = {"images": 3, "findings": []}, {"1": 0.5}
+        monkeypatch.setattr("timm_fsr.assessment.gather_evidence", lambda *_, **__: evidence)
+        monkeypatch.setattr("timm_fsr.assessment.corruption_accuracy", lambda *_, names, **__: {names[0]: fog})
+        data = timm_fsr.load_data("fashion_mnist", "test", limit=10)
+        model = tiny_resnet(in_chans=1)
+        run = partial(assess, model, data, tmp_path)
+        full = run(attacks=["pgd2"], evidence_images=3, corruption_images=2)
+        assert len(full.corruptions) == 15
+        later = run(attacks=["fgsm"])
+        assert list(later.correct) == ["clean", "fgsm", "pgd2"]
+        assert (later.evidence, later.corruptions) == (evidence, full.corruptions)
+        assert later.to_dict() == Report.load(tmp_path / "report.json").to_dict()
+        other = assess(model, data.head(8), tmp_path, attacks=["fgsm"])
+        assert (other.evidence, other.corruptions) == ({}, {}), "they are about other images"
+        (tmp_path / "report.json").write_text("{")
+        assert run(attacks=["fgsm"]).evidence == {}
+
+    def test_what_is_known_after_a_kill_is_not_computed_again(self, tmp_path, monkeypatch):
+        calls: list[str] = []
+
+        def accuracy(*_: object, names: list[str], **__: object) -> dict[str, dict[int, float]]:
+            calls.append(names[0])
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return {names[0]: {1: 0.5}}
+
+        monkeypatch.setattr("timm_fsr.assessment.corruption_accuracy", accuracy)
+        data = timm_fsr.load_data("fashion_mnist", "test", limit=10)
+        run = partial(assess, tiny_resnet(in_chans=1), data, tmp_path, attacks=[], corruption_images=2)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert len(run().corruptions) == 15
+        assert len(calls) == 16, "only the one that was cut off is computed twice"
+        monkeypatch.setattr("timm_fsr.assessment.gather_evidence", lambda *_, once, **__: once("eps", dict))
+        run(evidence_images=3)
+        assert "eps on 3 images by 250" in json.loads((tmp_path / "memo.json").read_text())["parts"]
+
+    def test_the_batch_size_reaches_everything(self, tmp_path, monkeypatch):
+        asked: dict[str, object] = {}
+        monkeypatch.setattr("timm_fsr.assessment.gather_evidence", lambda *_, **given: asked.update(given) or {})
+        sizes: list[int] = []
+        model = tiny_resnet(in_chans=1)
+        model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        data = timm_fsr.load_data("fashion_mnist", "test", limit=20)
+        report = assess(model, data, tmp_path, attacks=["fgsm"], evidence_images=3, batch_size=7)
+        assert max(sizes) == 7
+        assert asked["batch_size"] == 7
+        assert report.conditions["batch_size"] == 7
+        lines = (tmp_path / "outcomes" / "0.jsonl").read_text().splitlines()
+        assess(model, data, tmp_path, attacks=["fgsm"], batch_size=5)
+        again = (tmp_path / "outcomes" / "0.jsonl").read_text().splitlines()
+        assert len(again) == len(lines) + 8, "outcomes of other batches were taken for these"
 
     def test_l1_goes_without_examples(self, tmp_path):
         data = timm_fsr.load_data("fashion_mnist", "test", limit=4)

@@ -172,6 +172,33 @@ class TestTraps:
         assert torch.equal(*runs) == (seed == 0)
 
 
+class Rooted(nn.Module):
+    """The fixture's network plus a root of zero: the same logits, and gradients of NaN."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images) + (images - images).square().sum(dim=(1, 2, 3)).sqrt()[:, None]
+
+
+class TestBrokenGradients:
+    @pytest.mark.parametrize("name", [name for name in COMPONENTS if name != "square"])
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_they_are_refused_instead_of_called_robust(self, golden, network, name, norm):
+        images = golden["images"][:3]
+        labels = network(images).argmax(1)
+        with pytest.raises(ValueError, match=r"gradient of NaN or infinity.*add a small constant"):
+            Component(name, norm, 0.3, 0)(Rooted(network).eval(), images, labels, 10)
+
+    def test_square_needs_none(self, golden, network):
+        images = golden["images"][:3]
+        labels = network(images).argmax(1)
+        found = [Component("square", "linf", 0.3, 0)(m, images, labels, 10) for m in (network, Rooted(network).eval())]
+        assert torch.equal(*found)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),

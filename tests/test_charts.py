@@ -59,6 +59,14 @@ class TestBarChart:
         assert heights[1] == pytest.approx(2 * heights[0], rel=0.02)
         assert heights[2] == pytest.approx(heights[0] / 2, rel=0.02)
 
+    def test_the_legend_shows_bars(self):
+        drawing = bar_chart("t", [("a", [0.2]), ("b", [0.1])], [0, 1.0], "x")
+        legend = parse(drawing).find("ul")
+        assert [mark.get("class") for mark in legend.iter("path")] == ["bar s0", "bar s1"]
+        assert not list(legend.iter("line"))
+        lines = line_chart("t", [Line("a", [0], [0]), Line("b", [0], [0])], [(0.0, "0")], "x")
+        assert [mark.get("class") for mark in parse(lines).find("ul").iter("line")] == ["line s0", "line s1"]
+
     def test_the_axis_reaches_just_beyond_the_largest(self):
         root = parse(bar_chart("t", [("a", [0.03, 0.05])], [0, 0.5, 1.0], "x"))
         assert "8 %" in [text.text for text in root.iter("text")]

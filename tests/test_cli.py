@@ -9,12 +9,14 @@ import runpy
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from tiny import tiny_resnet, with_fsr
+from torch import nn
 
 import timm_fsr.run
 from timm_fsr.cli import main
@@ -147,6 +149,7 @@ class TestEvaluate:
             (["SAVED", "--norm=l1"], "'fgsm' has no L1 ball; use AutoAttack ('standard')"),
             (["SAVED", "--attacks", "transfer"], "needs other models to transfer from"),
             (["SAVED", "--evidence=10"], "--evidence needs a folder to write to; add --output"),
+            (["SAVED", "--batch-size=0"], "--batch-size=0 must be 1 or more"),
             (["SAVED", "--save-images"], "--save-images needs a folder"),
             (["SAVED", "--output=report.json"], "--output takes a folder"),
             (["SAVED", "--num-classes=10"], "--num-classes belongs to --checkpoint"),
@@ -295,6 +298,17 @@ class TestEntryPoints:
     def test_without_a_script_it_says_what_it_wants(self, arguments, capsys):
         assert timm_fsr.run.main(arguments) == 2
         assert "usage: python -m timm_fsr.run SCRIPT.py" in capsys.readouterr().err
+
+
+def test_a_layer_that_is_not_reached_is_no_traceback(saved, monkeypatch, capsys):
+    def load(*args: Any, **kwargs: Any) -> nn.Module:
+        model = timm.create_model(f"local-dir:{saved}", pretrained=True)
+        for module in model.modules():
+            module._forward_hooks.clear()
+        return model
+
+    monkeypatch.setattr("timm_fsr.commands.load", load)
+    assert "did not fire" in error_of(["evaluate", str(saved), "--limit=10"], capsys)
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):

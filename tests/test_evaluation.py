@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import timm_fsr.inference
 from timm_fsr.attacks import PGD
 from timm_fsr.evaluation import Standing, evaluate
+from timm_fsr.inference import _precision_switches
 from timm_fsr.pixels import PixelModel
 from timm_fsr.sites import layer_groups
 from timm_fsr.stages import Stage, Suite
@@ -159,6 +160,10 @@ class TestSeeds:
         assert seeds(["b", "c", "a"]) == alone
         assert len({*alone, *seeds(["a"], seed=1), *fixed["b"].seeds}) == 6
 
+    def test_no_attack_is_said(self, model):
+        report = evaluate(model, (images(), labels()), attacks=[])
+        assert "no attack was run: the worst case is nothing but the clean accuracy" in report.notes
+
     def test_the_default_generator_is_left_alone(self, model):
         torch.manual_seed(0)
         state = torch.get_rng_state()
@@ -193,6 +198,12 @@ class TestManners:
     def state(model: nn.Module) -> tuple[list[bool], list[bool]]:
         return [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_images_of_another_precision_are_taken_in_float32(self, model, dtype):
+        given = images().to(dtype)
+        found, expected = (evaluate(model, (x, labels()), attacks=["pgd2"]) for x in (given, given.float()))
+        assert found.to_dict() == expected.to_dict()
+
     def test_the_callers_contexts_change_nothing(self, model):
         """Neither no_grad nor autocast: half precision would hide weak spots."""
         seen: list[torch.dtype] = []
@@ -203,17 +214,16 @@ class TestManners:
         assert inside.to_dict() == plain.to_dict()
         assert set(seen) == {torch.float32}
 
-    def test_tf32_is_off_inside_and_restored(self, model):
-        seen: list[bool] = []
-        model.conv1.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-        before = torch.backends.cudnn.allow_tf32
-        try:
-            torch.backends.cudnn.allow_tf32 = True
-            evaluate(model, (images(), labels()), attacks=[])
-            assert torch.backends.cudnn.allow_tf32
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
-        assert set(seen) == {False}
+    def test_tf32_is_off_inside(self, model):
+        """And restored: see test_inference.py."""
+        seen: list[object] = []
+        model.conv1.register_forward_hook(
+            lambda *_: seen.append([getattr(holder, name) for holder, name, _ in _precision_switches()])
+        )
+        evaluate(model, (images(), labels()), attacks=[])
+        exact = [value for _, _, value in _precision_switches()]
+        assert seen
+        assert all(found == exact for found in seen)
 
 
 class Wrong(nn.Module):
@@ -228,11 +238,12 @@ class Wrong(nn.Module):
 
 
 class SquareRoot(nn.Module):
-    """Finite everywhere, with an infinite slope at black, as a hand-made normalisation may have."""
+    """Finite everywhere, with a slope of NaN at bright images, as a hand-made normalisation may have."""
 
     def forward(self, given: Tensor) -> Tensor:
-        total = (given - given).flatten(1).sum(1).sqrt()
-        return torch.stack([total, total - 1], dim=1)
+        level = given.mean(dim=(1, 2, 3))
+        root = torch.where(level > 0.7, 0 * level, torch.ones_like(level)).sqrt() - 1
+        return torch.stack([0.8 - level + root, level - 0.8 + root], dim=1)
 
 
 class TestRefusals:
@@ -265,6 +276,7 @@ class TestRefusals:
             ((images()[:0], labels()[:0]), "is empty|no image to evaluate"),
             ([], "no image to evaluate on; check the data's split"),
             ([(images(), labels(3))], r"shape \(4,\)"),
+            ((images().double() * 2, labels()), r"must lie in \[0, 1\]"),
             (images(), "pairs of tensors"),
             ((images().numpy(), labels().numpy()), "pairs of tensors"),
             ([images()], "pairs of tensors"),
@@ -303,10 +315,14 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"did not fire.*reattach"):
             evaluate(model, (images(), labels()))
 
-    def test_adversarial_images_that_are_no_numbers(self):
-        """The class of NaN logits is that of the first one: such images would count as right for label 0."""
-        with pytest.raises(ValueError, match="the attack 'pgd3' gave NaN or infinite pixels"):
-            evaluate(SquareRoot(), (images(), torch.zeros(4).long()), attacks=["pgd3"])
+    @pytest.mark.parametrize("attack", ["pgd3", "apgd5", "apgd-ce", "fab-t"])
+    def test_gradients_that_are_no_numbers(self, attack):
+        """They move nothing, so such images would count as robust; the first batch does not show them."""
+        batches = [(grey(0.2, 0.3), torch.tensor([0, 0])), (grey(0.72), torch.tensor([0]))]
+        with pytest.raises(ValueError, match=r"gave NaN or infinite pixels|met a gradient of NaN or infinity"):
+            evaluate(SquareRoot(), batches, attacks=[attack])
+        with pytest.raises(ValueError, match="NaN or infinite for 1 of 1 images, so attacks cannot follow it"):
+            evaluate(SquareRoot(), batches[1:], attacks=[attack])
 
     def test_half_precision_and_models_that_stay_in_training_mode(self, model):
         with pytest.raises(ValueError, match=r"call model\.float\(\) first"):
@@ -341,5 +357,5 @@ class TestChains:
         stages = [("apgd-ce", Fixed([0], [])), ("square", Fixed([0], []))]
         report = evaluate(Brightness(), self.PAIR, eps=1, attacks=[suite("mine", *stages, every_image=False)])
         assert report.notes[-1] == (
-            "in 'mine', Square broke 20.0 % of the images that the attacks before it missed: suspect masked gradients"
+            "in 'mine', Square broke 1 of 5 images (20.0 %) that the attacks before it missed: suspect masked gradients"
         )

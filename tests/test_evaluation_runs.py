@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,11 +17,14 @@ from accelerate.state import AcceleratorState
 from tiny import images, tiny_resnet, with_fsr
 from torch import Tensor, nn
 
+import timm_fsr.adaptive
 import timm_fsr.evaluation
-from timm_fsr.evaluation import evaluate, rescore
+from timm_fsr.attacked import attacked_batches
+from timm_fsr.evaluation import evaluate
 from timm_fsr.hub import save_pretrained
 from timm_fsr.launch import join_processes
 from timm_fsr.report import Report
+from timm_fsr.rescoring import Rescored, rescore
 from timm_fsr.stages import Stage, Suite
 
 ATTACKS = ["fgsm", "pgd3", "apgd-ce"]
@@ -67,6 +71,11 @@ class Dying:
         return (given + 0.1 * noise).clamp(given - 0.03, given + 0.03).clamp(0, 1)
 
 
+def no_square(model: nn.Module, given: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """A Square that does nothing."""
+    return given
+
+
 def chain(run: Dying) -> Suite:
     return Suite("chain", tuple(Stage(name, "noise", run) for name in ("one", "two", "three")))
 
@@ -92,6 +101,36 @@ class TestResume:
         assert counted.calls == calls
         assert list(more.correct) == ["clean", "fgsm", "chain"]
 
+    def test_what_was_found_before_counts_also_if_it_is_not_asked_for_again(self, model, tmp_path):
+        """Else leaving an attack out would raise the robust accuracy."""
+        suite = Suite("strong", (Stage("strong", "turned round", lambda m, given, y, g: (given + 0.03).clamp(0, 1)),))
+        first = evaluate(model, batches(2), attacks=[suite, chain(Dying(0)), "pgd3"], folder=tmp_path)
+        again = evaluate(model, batches(2), attacks=["fgsm"], folder=tmp_path)
+        assert list(again.correct) == ["clean", "fgsm", "strong", "chain", "pgd3"]
+        for name in ("strong", "chain", "pgd3"):
+            assert again.correct[name].tolist() == first.correct[name].tolist()
+            assert again.attacks[name] == first.attacks[name]
+        assert list(again.stages["chain"]) == ["one", "two", "three"]
+        assert again.worst_case <= first.worst_case
+        other = [(given.flip(3), truth) for given, truth in batches(2)]
+        assert list(evaluate(model, other, attacks=["fgsm"], folder=tmp_path).correct) == ["clean", "fgsm"]
+
+    def test_what_was_found_on_a_part_of_the_images_is_named(self, model, tmp_path):
+        evaluate(model, batches(1), attacks=["pgd3"], folder=tmp_path)
+        more = evaluate(model, batches(3), attacks=["fgsm"], folder=tmp_path)
+        assert list(more.correct) == ["clean", "fgsm"]
+        assert any("outcomes of 'pgd3' on 1 of 3 batches" in note for note in more.notes)
+        finished = evaluate(model, batches(3), attacks=["pgd3"], folder=tmp_path)
+        assert list(finished.correct) == ["clean", "pgd3", "fgsm"]
+        assert not any("batches" in note for note in finished.notes)
+
+    def test_the_same_attack_with_other_parameters_is_named(self, model, tmp_path):
+        suites = [Suite("mine", (Stage("one", detail, Dying(0)),)) for detail in ("weak", "strong")]
+        for suite in suites:
+            found = evaluate(model, batches(1), attacks=[suite], folder=tmp_path)
+        assert found.attacks["mine"] == "strong"
+        assert any("outcomes of 'mine' with other parameters" in note for note in found.notes)
+
     def test_other_images_are_attacked_anew(self, model, tmp_path):
         counted = Dying(at=0)
         evaluate(model, batches(1), attacks=[chain(counted)], folder=tmp_path)
@@ -100,6 +139,20 @@ class TestResume:
         found = evaluate(model, other, attacks=[chain(counted)], folder=tmp_path)
         assert counted.calls > calls
         assert outcomes(found) == outcomes(evaluate(model, other, attacks=[chain(counted)]))
+
+    @pytest.mark.parametrize("attack", ["transfer", "adaptive"])
+    def test_other_weights_of_a_transfer_source_are_attacked_with_anew(self, model, tmp_path, attack, monkeypatch):
+        monkeypatch.setattr(timm_fsr.adaptive, "STEPS", 1)
+        monkeypatch.setattr(timm_fsr.adaptive, "Component", lambda *_: no_square)
+        sources = [tiny_resnet(), network()]
+        found = [
+            evaluate(model, batches(1), attacks=[attack], folder=tmp_path, transfer_from={"base": source}, eps=0.1)
+            for source in (*sources, sources[1])
+        ]
+        details = [report.attacks[list(report.correct)[1]] for report in found]
+        assert details[0] != details[1] == details[2]
+        lines = (tmp_path / "outcomes" / "0.jsonl").read_text().splitlines()
+        assert sum('"of"' in line and '"transfer from base"]' in line for line in lines) == 2
 
     def test_another_model_is_refused(self, model, tmp_path):
         evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path)
@@ -131,7 +184,7 @@ class TestResume:
         reports = [Report.load(tmp_path / name / "report.json") for name in ("killed", "whole")]
         assert outcomes(reports[0]) == outcomes(reports[1])
         after = journal.read_text().splitlines()
-        assert len(after) == 1 + 3 * 3, "a finished batch was repeated"
+        assert len(after) == 1 + 2 + 3 * 3, "a finished batch was repeated"
         assert after[: len(before) - 1] == before[:-1]
 
 
@@ -154,16 +207,52 @@ def test_two_processes_give_the_results_of_one(model, tmp_path):
     for rank in range(2):
         assert outcomes(Report.load(tmp_path / f"rank{rank}.json")) == outcomes(expected), f"on process {rank}"
     lines = [(tmp_path / "outcomes" / f"{rank}.jsonl").read_text().splitlines() for rank in range(2)]
-    assert [len(own) - 1 for own in lines] == [3 * 4, 2 * 4], "the batches were not shared"
+    assert [len(own) - 1 - 3 for own in lines] == [3 * 4, 2 * 4], "the batches were not shared"
     alone = evaluate(model, batches(), attacks=ATTACKS, folder=tmp_path)  # goes on with what two have begun
     assert outcomes(alone) == outcomes(expected)
+
+
+class Wavering(nn.Module):
+    """Random in eval mode on the second process only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, given: Tensor) -> Tensor:
+        noise = torch.rand(()) if os.environ.get("RANK") == "1" or AcceleratorState().process_index == 1 else 0
+        return self.model(given) + 0.1 * noise
+
+
+def _evaluate_unlike(folder: str) -> None:
+    """Two processes that would choose other attacks, and that are refused together."""
+    torch.set_num_threads(1)
+    os.environ["WORLD_SIZE"] = "2"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = join_processes()
+    assert accelerator is not None
+    suites = timm_fsr.evaluation.build_suites
+    asked: list[bool] = []
+    timm_fsr.evaluation.build_suites = lambda names, target: (
+        asked.append(target.soundness.random) or suites(names, target)
+    )
+    evaluate(Wavering(network()), batches(), attacks=["fgsm"], folder=folder, accelerator=accelerator)
+    with pytest.raises(ValueError, match="another evaluation: its seed is 0"):
+        evaluate(Wavering(network()), batches(), attacks=[], seed=1, folder=folder, accelerator=accelerator)
+    (Path(folder) / f"{accelerator.process_index}.txt").write_text(str(asked))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_processes_choose_the_same_attacks_and_are_refused_together(tmp_path):
+    debug_launcher(_evaluate_unlike, args=(str(tmp_path),), num_processes=2)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["[False]", "[False]"]
 
 
 class TestRescore:
     def test_saved_images_give_the_same_outcomes_again(self, model, tmp_path):
         report = evaluate(model, batches(2), attacks=["fgsm", "pgd3"], folder=tmp_path, save_images=True)
         found = rescore(model, tmp_path)
-        assert {name: flags.tolist() for name, flags in found.items()} == {
+        assert {name: outcome.correct.tolist() for name, outcome in found.items()} == {
             name: report.correct[name].tolist() for name in ("fgsm", "pgd3")
         }
 
@@ -173,15 +262,67 @@ class TestRescore:
             evaluate(model, batches(1), attacks=[chain(Dying(3))], folder=tmp_path / "cut", save_images=True)
         evaluate(model, batches(1), attacks=[chain(Dying(0))], folder=tmp_path / "cut", save_images=True)
         for folder in ("whole", "cut"):
-            right = rescore(model, tmp_path / folder)["chain"]
+            right = rescore(model, tmp_path / folder)["chain"].correct
             assert right[whole.correct["clean"]].tolist() == whole.correct["chain"][whole.correct["clean"]].tolist()
 
     def test_on_another_model_it_is_a_transfer(self, model, tmp_path):
         evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path, save_images=True)
         other = tiny_resnet().eval()
-        stored = timm_fsr.evaluation.attacked_batches(tmp_path, "fgsm")
-        expected = [other(given).argmax(1) == truth for given, truth in stored]
-        assert torch.equal(rescore(other, tmp_path)["fgsm"], torch.cat(expected))
+        stored = attacked_batches(tmp_path, "fgsm")
+        expected = [other(batch.images).argmax(1) == batch.labels for batch in stored]
+        found = rescore(other, tmp_path)["fgsm"]
+        assert torch.equal(found.correct, torch.cat(expected))
+        assert bool(found.perturbed.all())
+        assert found.sentence().endswith("right (6 images)")
+
+    def test_it_is_said_how_many_images_the_attack_has_changed(self, model, tmp_path):
+        """AutoAttack's parts and chains leave images alone that are wrong already: a weak transfer."""
+        evaluate(model, batches(2), attacks=[chain(Dying(0))], folder=tmp_path, save_images=True)
+        found = rescore(model, tmp_path)["chain"]
+        assert found.perturbed.tolist() == [False, *[True] * 5, True, False, *[True] * 4]
+        flags = torch.tensor([True, False, False, True])
+        said = Rescored(flags, torch.tensor([False, True, True, True])).sentence()
+        assert said.startswith("50.00 % right (4 images); the attack changed 3 of them, of which 33.33 % are right: ")
+        assert "save images of an attack that changes every one, such as pgd100 or apgd100" in said
+        assert "the attack changed 0 of them: " in Rescored(flags, ~torch.ones(4).bool()).sentence()
+
+    def test_other_images_in_the_same_folder(self, model, tmp_path):
+        """A batch of the same number, but with other images, more of them or fewer, and then fewer batches."""
+        (given, truth), *rest = batches(3)
+        for data in ([(given[:2], truth[:2])], [(given, truth), *rest], [(given[:3], truth[:3])], batches(2)):
+            report = evaluate(model, data, attacks=["fgsm", "pgd2"], folder=tmp_path, save_images=True)
+            for name, outcome in rescore(model, tmp_path).items():
+                assert outcome.correct.tolist() == report.correct[name].tolist()
+
+    def test_other_parameters_in_the_same_folder(self, model, tmp_path):
+        for run in (Dying(0), Dying(0)):
+            run.at = 0
+            suite = Suite("mine", (Stage("one", f"noise {id(run)}", run),))
+            report = evaluate(model, batches(1), attacks=[suite], folder=tmp_path, save_images=True)
+            assert run.calls == 1
+            assert rescore(model, tmp_path)["mine"].correct[1:].tolist() == report.correct["mine"][1:].tolist()
+
+    @pytest.mark.parametrize("kept_at_first", [False, True])
+    @pytest.mark.parametrize("at", [0, 2, 3], ids=["whole", "after one", "after two"])
+    def test_images_that_are_asked_for_later_are_made(self, model, tmp_path, at, kept_at_first):
+        """Even if outcomes are known already: in part or all of them, with images of only a part or without."""
+        whole = evaluate(model, batches(1), attacks=[chain(Dying(0))])
+        if kept_at_first:
+            with pytest.raises(Killed):
+                evaluate(model, batches(1), attacks=[chain(Dying(2))], folder=tmp_path, save_images=True)
+        with contextlib.suppress(Killed):
+            evaluate(model, batches(1), attacks=[chain(Dying(at))], folder=tmp_path)
+        report = evaluate(model, batches(1), attacks=[chain(Dying(0))], folder=tmp_path, save_images=True)
+        assert outcomes(report) == outcomes(whole)
+        expected = evaluate(model, batches(1), attacks=[chain(Dying(0))], folder=tmp_path / "whole", save_images=True)
+        assert outcomes(expected) == outcomes(whole)
+        found, wanted = (next(attacked_batches(path, "chain")).images for path in (tmp_path, tmp_path / "whole"))
+        assert torch.equal(found, wanted)
+
+    def test_overwriting_another_evaluation_removes_its_images(self, model, tmp_path):
+        evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path, save_images=True)
+        evaluate(tiny_resnet(), batches(1), attacks=["pgd2"], folder=tmp_path, save_images=True, overwrite=True)
+        assert list(rescore(model, tmp_path)) == ["pgd2"]
 
     def test_images_that_do_not_fit(self, model, tmp_path):
         evaluate(model, batches(1), attacks=["fgsm"], folder=tmp_path, save_images=True)

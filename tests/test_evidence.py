@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import timm_fsr.evidence
 from timm_fsr.evidence import gather_evidence
+from timm_fsr.subject import Subject
 
 pytest.importorskip("pyautoattack")
 
@@ -104,7 +105,7 @@ class TestMaskedModel:
         doubts = texts(masked, "warning")
         for doubt in (
             "does not reach 0 % accuracy even at eps 255/255",
-            "% that white-box attacks missed: suspect masking",
+            "Square broke 2 of 12 images (16.7 %) that every white-box attack of this evidence missed: suspect masking",
             "100.0 % of the images have a gradient of exactly zero",
         ):
             assert doubt in doubts
@@ -114,6 +115,90 @@ class TestMaskedModel:
         found = gather(Jittered().eval())
         assert found["repeatable"]["logits"] is False
         assert "not repeatable" in texts(found, "warning")
+
+
+class Rooted(Brightness):
+    """A root of zero for images darker than a border: the same logits, and gradients of NaN."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        level = given.mean(dim=(1, 2, 3))
+        return (
+            super().forward(given) + (torch.where(level < 0.3, 0 * level, torch.ones_like(level)).sqrt() - 1)[:, None]
+        )
+
+
+@pytest.mark.parametrize(("batch_size", "message"), [(12, "NaN or infinite for 3 of 12"), (1, "'eps 0.25' gave NaN")])
+def test_gradients_that_are_no_numbers_are_named_as_the_fault(batch_size, message):
+    order = torch.arange(11, -1, -1)  # dark ones last: the first batch does not show it
+    with pytest.raises(ValueError, match=message):
+        gather_evidence(Rooted().eval(), IMAGES[order], LABELS[order], eps=EPS, batch_size=batch_size)
+
+
+def subject(count: int = 30) -> Subject:
+    levels = torch.linspace(0.6, 0.9, count)
+    images = levels.view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    return Subject(Brightness().eval(), images, torch.ones(count).long(), "linf", 0.01, 0, 250)
+
+
+class TestSquare:
+    """An attack that turns images black takes the place of Square."""
+
+    @staticmethod
+    def gap(broken: int, survivors: Tensor | None = None, count: int = 30) -> dict[str, Any]:
+        def square(model: nn.Module, images: Tensor, labels: Tensor, classes: int) -> Tensor:
+            images = images.clone()
+            images[:broken] = 0
+            return images
+
+        withstood = torch.ones(count).bool() if survivors is None else survivors
+        return timm_fsr.evidence._square_gap(subject(count), square, withstood)
+
+    def test_what_any_white_box_attack_broke_is_not_squares(self):
+        survivors = torch.arange(30) >= 5
+        found = self.gap(0, survivors)
+        assert (found["white_box"], found["after_square"]) == (25 / 30, 25 / 30)
+        assert found["findings"][0]["level"] == "ok"
+
+    @pytest.mark.parametrize(("broken", "count", "level"), [(1, 30, "ok"), (2, 30, "warning"), (2, 200, "ok")])
+    def test_one_image_proves_nothing(self, broken, count, level):
+        (finding,) = self.gap(broken, count=count)["findings"]
+        assert f"Square broke {broken} of {count} images ({100 * broken / count:.1f} %)" in finding["text"]
+        assert finding["level"] == level
+
+    def test_the_sweeps_tell_what_they_broke(self, monkeypatch):
+        """Images that PGD's restarts broke in the same evidence were once called missed by white-box attacks."""
+        flags = torch.arange(12) >= 7
+        monkeypatch.setattr(timm_fsr.evidence, "_restarts_sweep", lambda *_: {"robust": flags.tolist()})
+        monkeypatch.setattr(timm_fsr.evidence, "_noise", lambda *_: {"robust": flags.flip(0).tolist()})
+        found = gather(Rounded().eval())
+        assert found["square"]["white_box"] == 0
+        assert "robust" not in found["eps"]
+
+
+def test_no_negative_share_is_told(monkeypatch):
+    """More steps may break fewer images by chance."""
+    broken = iter([3, 2, 1])
+    monkeypatch.setattr(Subject, "robust_to", lambda self, *_: torch.arange(30) >= next(broken))
+    (finding,) = timm_fsr.evidence._steps_sweep(subject(), (10, 100, 1000))["findings"]
+    assert finding == {"level": "ok", "text": "1000 PGD steps instead of 100 break no more images: converged"}
+
+
+def test_parts_that_are_kept_are_not_gathered_again():
+    kept: dict[str, Any] = {}
+
+    def once(name: str, make: Any) -> Any:
+        if name not in kept:
+            kept[name] = make()
+        return json.loads(json.dumps(kept[name]))
+
+    first = gather(Brightness().eval(), once=once)
+    assert set(kept) >= PARTS
+    kept["noise"]["clean"] = 0.123
+    kept.pop("square")
+    again = gather(Brightness().eval(), once=once)
+    assert again["noise"]["clean"] == 0.123
+    assert again["square"] == first["square"]
+    assert again["findings"] == first["findings"]
 
 
 class TestFeatureLayers:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tiny import images, labels, tiny_resnet, with_fsr
 from torch import nn
 
-from timm_fsr.outcomes import (
-    Journal,
-    attacked_batches,
-    attacked_suites,
-    batch_key,
-    load_attacked,
-    model_digest,
-    save_attacked,
-    suite_key,
-)
+from timm_fsr.digests import batch_key, model_digest
+from timm_fsr.outcomes import Journal, KnownSuite, suite_key
 from timm_fsr.pixels import as_pixel_model
 from timm_fsr.stages import Stage, Suite
 
@@ -57,6 +47,23 @@ class TestJournal:
         assert torch.equal(Journal(tmp_path, KEY, rank=5).get("1", "a", "a"), FLAGS)
         assert len(Journal(tmp_path, KEY, rank=1)) == 2
 
+    def test_suites_are_introduced_once_and_known_to_the_next(self, tmp_path):
+        stages = tuple(Stage(name, "detail", lambda *_: images()) for name in ("one", "two"))
+        suite = Suite("chain", stages, note="a note")
+        key = suite_key(suite)
+        for _ in range(2):
+            Journal(tmp_path, KEY).introduce(suite)
+        assert len((tmp_path / "outcomes" / "0.jsonl").read_text().splitlines()) == 2
+        journal = Journal(tmp_path, KEY, rank=1)
+        assert journal.suites == {key: KnownSuite("chain", suite.detail, ("one", "two"), "a note")}
+        journal.put(FLAGS, "0", key, "one")
+        assert journal.stages("0", key) is None, "one stage is missing"
+        journal.put(~FLAGS, "0", key, "two")
+        assert {name: flags.tolist() for name, flags in journal.stages("0", key).items()} == {
+            "one": FLAGS.tolist(),
+            "two": (~FLAGS).tolist(),
+        }
+
     def test_another_evaluation_is_refused_or_replaced(self, tmp_path):
         Journal(tmp_path, KEY).put(FLAGS, "0", "a", "a")
         other = {**KEY, "model": "xyz"}
@@ -91,7 +98,7 @@ class TestKeys:
 
     def test_a_suite_is_known_by_its_parameters(self):
         suites = [Suite("pgd", (Stage("pgd", detail, lambda *_: images()),)) for detail in ("eps 1", "eps 2")]
-        assert suite_key(suites[0], suites[0].stages[0]) != suite_key(suites[1], suites[1].stages[0])
+        assert suite_key(suites[0]) != suite_key(suites[1])
 
     def test_a_model_is_known_by_weights_arguments_and_normalisation(self):
         def digest(model: nn.Module) -> str:
@@ -109,24 +116,17 @@ class TestKeys:
         seen.add(digest(normalised))
         assert len(seen) == 5
 
+    def test_buffers_that_are_views_count(self):
+        model = tiny_resnet(in_chans=1)
+        model.register_buffer("one", torch.zeros(1, 1).expand(1, 1)[:, :1].as_strided((1, 1), (1, 0)))
+        model.register_buffer("many", torch.zeros(1).expand(5))
+        assert len(model_digest(as_pixel_model(model))) == 16
 
-class TestAttackedImages:
-    def test_round_trip_in_order(self, tmp_path):
-        for index in (1, 0):
-            save_attacked(tmp_path, "transfer from a/b", index, images() * (index + 1) / 2, labels())
-        (suite,) = attacked_suites(tmp_path)
-        batches = list(attacked_batches(tmp_path, suite))
-        assert torch.equal(batches[0][0], images() / 2)
-        assert torch.equal(batches[1][0], images())
-        assert torch.equal(load_attacked(tmp_path, "transfer from a/b", 1), images())
-        assert load_attacked(tmp_path, "transfer from a/b", 2) is None
-
-    def test_none_were_kept(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="--save-images"):
-            attacked_suites(tmp_path)
-
-    def test_a_damaged_file(self, tmp_path: Path):
-        save_attacked(tmp_path, "fgsm", 0, images(), labels())
-        (tmp_path / "attacked" / "fgsm" / "000000.safetensors").write_bytes(b"x" * 50)
-        with pytest.raises(ValueError, match="is damaged"):
-            next(attacked_batches(tmp_path, "fgsm"))
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.int64])
+    def test_buffers_of_every_kind_count(self, dtype):
+        model = tiny_resnet()
+        digests = []
+        for value in (0, 1):
+            model.register_buffer("extra", torch.tensor(value).to(dtype))
+            digests.append(model_digest(model))
+        assert digests[0] != digests[1]

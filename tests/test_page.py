@@ -75,6 +75,21 @@ def report(fgsm: str = "11100000", **changes: Any) -> Report:
     return Report(**{**values, **changes})
 
 
+def test_attacks_are_written_short():
+    detail = "PGD(norm='linf', eps=0.09803921568627451, steps=20, step_size=None, start_noise=None, restarts=1)"
+    page = render_page([Entry("x", report(attacks={"fgsm": detail}), {**EXAMPLES, "attack": detail})])
+    assert page.count("PGD(norm=&#39;linf&#39;, eps=0.09804, steps=20, restarts=1)") == 2
+    assert "None" not in page
+
+
+@pytest.mark.parametrize(("norm", "shown"), [("linf", "6.25/255"), ("l2", "0.02451")])
+def test_radii_on_the_axis_are_short(norm, shown):
+    eps = {"eps": [0.0, 6.25 / 255, 12.5 / 255, 25 / 255], "accuracy": [0.9, 0.4, 0.1, 0.0]}
+    page = render_page([Entry("x", report(norm=norm, evidence={"images": 5, "eps": eps}))])
+    assert f">{shown}</text>" in page
+    assert "0.0245098" not in page
+
+
 def full() -> Report:
     stages = {"adaptive": {"first": flags("11110000"), "square": flags("11000000")}}
     correct = {"clean": flags("11111100"), "adaptive": flags("11000000")}

@@ -67,6 +67,21 @@ class TestCounting:
     def test_eps_is_written_as_the_field_does(self, eps, text):
         assert format_eps(eps) == text
 
+    @pytest.mark.parametrize(
+        ("eps", "norm", "text"),
+        [
+            (6.25 / 255, "linf", "6.25/255"),
+            (12.5 / 255, "linf", "12.5/255"),
+            (0.025, "linf", "0.025"),
+            (1.0, "l2", "1"),
+            (0.5, "l2", "0.5"),
+            (128 / 255, "l2", "0.502"),
+            (12.0, "l1", "12"),
+        ],
+    )
+    def test_only_linf_counts_in_255ths(self, eps, norm, text):
+        assert format_eps(eps, norm) == text
+
     def test_the_summary_names_everything(self, report):
         assert report.summary() == (
             "clean 85.71 %, fgsm 42.86 %, pgd20 42.86 %, worst case 28.57 % (Linf 8/255, 7 images)"

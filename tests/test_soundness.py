@@ -62,6 +62,27 @@ class Rounded(Linear):
         return super().forward(given.round())
 
 
+class Rooted(Linear):
+    def forward(self, given: Tensor) -> Tensor:
+        return super().forward(given) + (given - given).square().sum(dim=(1, 2, 3)).sqrt()[:, None]
+
+
+class Sigmoid(Linear):
+    def forward(self, given: Tensor) -> Tensor:
+        return super().forward(given).sigmoid()
+
+
+class Batched(Linear):
+    """Normalises by the statistics of the batch in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, given: Tensor) -> Tensor:
+        return super().forward(self.norm(given))
+
+
 class Stubborn(Linear):
     def train(self, mode: bool = True) -> nn.Module:
         return super().train(True)
@@ -69,7 +90,8 @@ class Stubborn(Linear):
 
 class TestExamine:
     def test_a_sound_model(self):
-        assert examine(Linear(), images(), labels()) == Soundness(10, random=False, dynamic=False, zero_gradients=0)
+        sound = Soundness(10, random=False, dynamic=False, zero_gradients=0, looked_at=4)
+        assert examine(Linear(), images(), labels()) == sound
         assert examine(Linear(), images(), labels()).notes() == []
 
     def test_log_probabilities_are_logits(self):
@@ -84,6 +106,7 @@ class TestExamine:
         [
             (Noisy(), "random", "random in eval mode"),
             (Dynamic(), "dynamic", "computes gradients in its forward pass"),
+            (Sigmoid(), "bounded", "all logits lie in [0, 1], as probabilities do: if the model ends in a sigmoid"),
         ],
     )
     def test_doubts(self, model, field, note):
@@ -94,7 +117,21 @@ class TestExamine:
     def test_images_without_gradient_are_counted(self):
         found = examine(Rounded().eval(), images(), labels())
         assert found.zero_gradients == len(images())
-        assert "gradient of exactly zero" in found.notes()[0]
+        assert "4 of the first 4 images have a gradient of exactly zero" in found.notes()[0]
+
+    def test_one_image_has_no_company(self):
+        assert examine(Batched().eval(), images()[:1], labels()[:1]).num_classes == 10
+
+    def test_a_step_on_the_edge_of_rounding_is_not_taken_for_company(self):
+        """One image of three changes with the batch, as by the order of a sum."""
+
+        class Edge(Linear):
+            def forward(self, given: Tensor) -> Tensor:
+                moved = torch.zeros(len(given), 1)
+                moved[0] = float(not torch.equal(given[3], given[0]))
+                return super().forward(given) + moved * torch.arange(10)
+
+        assert examine(Edge().eval(), images(6), labels(6)).num_classes == 10
 
     def test_autograd_is_as_it_was(self):
         before = torch.autograd.grad, torch.autograd.backward
@@ -107,6 +144,8 @@ class TestExamine:
             (Softmax(), "the model returned probabilities.*remove it"),
             (Pair(), "type tuple for 4 images; it must return logits"),
             (Broken(), "NaN or infinite logits for clean images"),
+            (Rooted(), "NaN or infinite for 4 of 4 images.*call any model robust.*add a small constant"),
+            (Batched(), r"depend on the other images of the batch.*track_running_stats=True"),
             (Linear(1), "1 class; there is nothing to confuse"),
             (Linear(2), r"labels run from 0 to 3, but the model has 2 classes"),
             (nn.Identity(), r"shape \(4, 3, 32, 32\)"),

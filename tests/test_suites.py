@@ -13,6 +13,7 @@ from timm_fsr import adaptive
 from timm_fsr.apgd import APGD
 from timm_fsr.attacks import FGSM, PGD
 from timm_fsr.autoattack import VERSIONS
+from timm_fsr.digests import model_digest
 from timm_fsr.evaluation import evaluate
 from timm_fsr.margins import carlini_wagner, cross_entropy
 from timm_fsr.soundness import Soundness, examine
@@ -114,7 +115,8 @@ class TestNames:
             ("transfer from base", True),
             ("transfer from other", True),
         ]
-        assert suites[0].detail == f"{APGD(eps=EPS)!r} by the gradient of base"
+        digest = model_digest(Network())[:8]
+        assert suites[0].detail == f"{APGD(eps=EPS)!r} by the gradient of base (digest {digest})"
 
     def test_adaptive_is_a_chain(self):
         (suite,) = build_suites(["adaptive"], target(base=Network()))

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from timm_fsr.corruptions import corrupt
     from timm_fsr.data import ImageData, load_data
     from timm_fsr.engine import train
-    from timm_fsr.evaluation import evaluate, rescore
+    from timm_fsr.evaluation import evaluate
     from timm_fsr.evidence import gather_evidence
     from timm_fsr.hub import from_pretrained, save_pretrained
     from timm_fsr.leaderboard import model_info, register_alias
     from timm_fsr.publishing import push_to_hub
     from timm_fsr.recipe import Recipe
     from timm_fsr.report import Report
+    from timm_fsr.rescoring import rescore
 
 _LATER = {
     "ImageData": "data",
@@ -43,7 +44,7 @@ _LATER = {
     "model_info": "leaderboard",
     "push_to_hub": "publishing",
     "register_alias": "leaderboard",
-    "rescore": "evaluation",
+    "rescore": "rescoring",
     "save_pretrained": "hub",
     "train": "engine",
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from timm_fsr.apgd import APGD
 from timm_fsr.attacks import LossFunction, anchored, input_gradient
 from timm_fsr.autoattack import Component
+from timm_fsr.digests import model_digest
 from timm_fsr.hub import base_model
 from timm_fsr.margins import cross_entropy, dlr, margin, targeted_dlr
 from timm_fsr.places import find_places
@@ -104,7 +105,10 @@ def transfer_stage(
     """
     source = source.eval()
     steer: SteerFunction = lambda _, __, y: lambda x: loss(source(x), y)  # noqa: E731
-    return Stage(f"transfer from {name}", f"{attack!r} by the gradient of {name}", partial(_steered, attack, steer))
+    detail = (
+        f"{attack!r} by the gradient of {name} (digest {model_digest(source)[:8]})"  # other weights: other outcomes
+    )
+    return Stage(f"transfer from {name}", detail, partial(_steered, attack, steer))
 
 
 def _steered(

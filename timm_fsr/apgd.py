@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from timm_fsr.attacks import PGD, LossFunction
+from timm_fsr.attacks import PGD, Judged, Kept, LossFunction, loss_of
 from timm_fsr.pixels import check_images
+
+Judge = Callable[[Tensor], Tensor]
 
 _MOMENTUM = 0.75
 _FIRST, _SHRINK, _SHORTEST = 0.22, 0.03, 0.06  # lengths of the intervals between checkpoints, in shares of the steps
@@ -22,7 +25,7 @@ class APGD:
         norm: "linf" or "l2".
         eps: radius of the ball, in pixels of [0, 1]; 0 returns the images.
         steps: number of gradient steps.
-        restarts: independent runs; each image keeps the best.
+        restarts: independent runs; each image keeps one that misclassifies it, and of equals that of highest value.
         rho: the step is halved at a checkpoint unless so large a share of the steps before it raised the loss.
 
     Raises:
@@ -50,20 +53,22 @@ class APGD:
         images: Tensor,
         *,
         generator: torch.Generator | None = None,
-        judge: LossFunction | None = None,
+        judge: Judge | None = None,
     ) -> Tensor:
         """Attack `images`.
 
         Args:
-            loss_fn: maps images (N, C, H, W) to one value per image (N,), to be maximised; with a `judge` also to
-                their sum.
+            loss_fn: maps images (N, C, H, W) to one value per image (N,), to be maximised, or to that and which images
+                are misclassified (`Judged`); with a `judge` also to their sum.
             images: (N, C, H, W) in [0, 1].
             generator: of the random starts, on the images' device; torch's default generator when left out.
             judge: maps images to one value per image (N,). Where it is given, it decides which iterate is kept and
                 when steps are halved, and `loss_fn` only gives directions: for attacks that follow a surrogate.
 
         Returns:
-            Adversarial images, detached, in [0, 1] and within eps of `images`: of each the iterate of highest value.
+            Adversarial images, detached, in [0, 1] and within eps of `images`: of each the iterate of highest value,
+            or the highest of those that were misclassified, if any was.
+            An image whose gradient was not finite in some step is NaN, as PGD leaves it: its outcome means nothing.
 
         Raises:
             ValueError: images out of [0, 1] or of another dtype, or a loss of another shape.
@@ -72,22 +77,22 @@ class APGD:
         images = images.detach()
         if self.eps == 0:
             return images.clone()
-        best, value = self._run(loss_fn, judge, images, generator)
+        kept = self._run(loss_fn, judge, images, generator)
         for _ in range(self.restarts - 1):
-            other, other_value = self._run(loss_fn, judge, images, generator)
-            better = other_value > value
-            best = torch.where(_per_image(better), other, best)
-            value = torch.where(better, other_value, value)
-        return best
+            other = self._run(loss_fn, judge, images, generator)
+            kept.update(other.attacked, other.found)
+            kept.broken |= other.broken
+        return kept.result()
 
     def _run(
-        self, loss_fn: LossFunction, judge: LossFunction | None, images: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """The best iterate of each image, and its value (N,)."""
+        self, loss_fn: LossFunction, judge: Judge | None, images: Tensor, generator: torch.Generator | None
+    ) -> Kept:
+        """The iterate to keep of each image."""
         ball = self._ball()
         point = before = (images + self._start(images, generator)).clamp_(0, 1)
-        value, gradient = _value_and_gradient(loss_fn, judge, point)
-        best = _Best(point, value, gradient, ties=judge is not None)
+        found, gradient = _judged_gradient(loss_fn, judge, point)
+        value, ties = found.loss, judge is not None
+        best, kept = _Best(point, value, gradient, ties=ties), Kept(point, found, ties=ties)
         step_size = images.new_full((len(images), 1, 1, 1), 2 * self.eps)
         interval = max(int(_FIRST * self.steps), 1)
         since, rises = 0, torch.zeros_like(value)
@@ -97,10 +102,12 @@ class APGD:
             pull = _MOMENTUM if step else 1.0
             moved = ball.project(point + pull * (ahead - point) + (1 - pull) * (point - before), images)
             point, before = moved, point
-            last, (value, gradient) = value, _value_and_gradient(loss_fn, judge, point)
+            last, (found, gradient) = value, _judged_gradient(loss_fn, judge, point)
+            value = found.loss
             if step:  # as the reference counts: the first step has no loss before it
                 rises += value > last
             best.update(point, value, gradient)
+            kept.update(point, found)
             since += 1
             if since < interval:
                 continue
@@ -111,7 +118,7 @@ class APGD:
             gradient = torch.where(_per_image(halved), best.gradient, gradient)
             value_at_check, since, rises = best.value.clone(), 0, torch.zeros_like(value)
             interval = max(interval - max(int(_SHRINK * self.steps), 1), max(int(_SHORTEST * self.steps), 1))
-        return best.point, best.value
+        return kept
 
     def _start(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """A random point on the edge of the ball."""
@@ -144,11 +151,15 @@ class _Best:
         self.value = torch.where(better, value, self.value)
 
 
-def _value_and_gradient(loss_fn: LossFunction, judge: LossFunction | None, point: Tensor) -> tuple[Tensor, Tensor]:
-    """What decides, (N,), and the direction to go in, from one pass where there is no judge."""
+def _judged_gradient(loss_fn: LossFunction, judge: Judge | None, point: Tensor) -> tuple[Judged, Tensor]:
+    """What decides, and the direction to go in, from one pass where there is no judge.
+
+    Without a finite gradient nothing decides: such a value is NaN.
+    """
     with torch.enable_grad():
         point = point.detach().requires_grad_(True)
-        loss = loss_fn(point)
+        found = loss_fn(point)
+        loss = loss_of(found)
         if loss.shape != point.shape[:1] and (judge is None or loss.ndim > 0):
             raise ValueError(
                 f"loss_fn returned shape {tuple(loss.shape)} for {len(point)} images; return one loss per image (N,)"
@@ -156,15 +167,21 @@ def _value_and_gradient(loss_fn: LossFunction, judge: LossFunction | None, point
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the images; loss_fn must call the model on its argument")
         (gradient,) = torch.autograd.grad(loss.sum(), point)
+    broken = ~torch.isfinite(gradient).flatten(1).all(dim=1)
     if judge is None:
-        return loss.detach().clone(), gradient
+        fooled = found.fooled if isinstance(found, Judged) else _nowhere(loss)
+        return Judged(loss.detach().masked_fill(broken, torch.nan), fooled), gradient
     with torch.no_grad():
         value = judge(point.detach())
     if value.shape != point.shape[:1]:
         raise ValueError(
             f"judge returned shape {tuple(value.shape)} for {len(point)} images; return one value per image"
         )
-    return value, gradient
+    return Judged(value.masked_fill(broken, torch.nan), _nowhere(value)), gradient
+
+
+def _nowhere(values: Tensor) -> Tensor:
+    return torch.zeros_like(values, dtype=torch.bool)
 
 
 def _per_image(flags: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from timm_fsr.attacks import PGD
 from timm_fsr.calibration import calibration
-from timm_fsr.corruptions import corruption_accuracy
+from timm_fsr.corruptions import CORRUPTIONS, corruption_accuracy
 from timm_fsr.data import ImageData
 from timm_fsr.evaluation import Standing, evaluate
 from timm_fsr.evidence import gather_evidence
@@ -23,9 +24,10 @@ from timm_fsr.files import write_text
 from timm_fsr.hub import base_model
 from timm_fsr.inference import BATCH_SIZE, clean_logits
 from timm_fsr.page import Entry, render_page
+from timm_fsr.memo import Memo
 from timm_fsr.report import Report
 
-REPORT, EXAMPLES, PAGE = "report.json", "examples.json", "report.html"
+REPORT, EXAMPLES, PAGE, MEMO = "report.json", "examples.json", "report.html", "memo.json"
 _EXAMPLE_IMAGES = 200  # among which the examples are chosen
 _TRAINING = (
     "training_data",
@@ -57,6 +59,7 @@ def assess(
     trained: Report | None = None,
     overwrite: bool = False,
     save_images: bool = False,
+    batch_size: int = BATCH_SIZE,
     accelerator: Accelerator | None = None,
     progress: Callable[[Standing], None] | None = None,
     announce: Announce | None = None,
@@ -66,7 +69,8 @@ def assess(
     Args:
         model: a timm model or a pixel-space model.
         data: the images to evaluate on.
-        folder: of the results; the same evaluation, started again, goes on there.
+        folder: of the results; the same evaluation, started again, goes on there. What the folder has of other attacks,
+            of evidence and of corruptions on the same model and images stays in the report.
         norm: see `timm_fsr.evaluate`, as are eps, attacks, seed, name, transfer_from, overwrite, save_images,
             accelerator and progress.
         eps: radius, in pixels of [0, 1].
@@ -79,6 +83,7 @@ def assess(
         trained: the report that training has left beside the model; what chose the checkpoint is taken from it.
         overwrite: replace what the folder holds of another evaluation.
         save_images: keep the attacked images in the folder.
+        batch_size: images per pass; bounds the memory. It is among what decides outcomes, as random starts do.
         accelerator: shares the attacks over its processes; the first one does the rest.
         progress: called after each attack on a batch.
         announce: called with the name of each later part before it begins.
@@ -87,14 +92,14 @@ def assess(
         The report.
 
     Raises:
-        ValueError, ModuleNotFoundError, RuntimeError: see `timm_fsr.evaluate`.
+        ValueError, ModuleNotFoundError, UnsoundError: see `timm_fsr.evaluate`.
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
     say = announce or (lambda _: None)
     report = evaluate(
         model,
-        data.batches(BATCH_SIZE),
+        data.batches(batch_size),
         norm=norm,
         eps=eps,
         attacks=attacks,
@@ -114,30 +119,71 @@ def assess(
     report.conditions.update(
         {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
     )
+    report = _with_earlier(report, folder)
     say("calibration")
     report = dataclasses.replace(
-        report, calibration={"clean": calibration(*clean_logits(model, data.batches(BATCH_SIZE)))}
+        report, calibration={"clean": calibration(*clean_logits(model, data.batches(batch_size)))}
     )
     report.save(folder / REPORT)
+    memo = Memo(folder / MEMO, {**_about(report), "versions": report.conditions["versions"]})
     if evidence_images and norm != "l1":
         images, labels = _some(model, data, evidence_images)
-        evidence = gather_evidence(model, images, labels, norm=norm, eps=eps, seed=seed, announce=say)
+        evidence = gather_evidence(
+            model,
+            images,
+            labels,
+            norm=norm,
+            eps=eps,
+            seed=seed,
+            batch_size=batch_size,
+            announce=say,
+            once=lambda part, make: memo.once(f"{part} on {len(images)} images by {batch_size}", make),
+        )
         report = dataclasses.replace(report, evidence=evidence)
         report.save(folder / REPORT)
     if corruption_images:
         say("corruptions")
-        found = corruption_accuracy(model, _some(model, data, corruption_images), seed=seed)
-        corruptions = {kind: {str(level): share for level, share in found[kind].items()} for kind in found}
-        report = dataclasses.replace(report, corruptions=corruptions)
+        some = _some(model, data, corruption_images)
+        report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, memo))
         report.save(folder / REPORT)
     say("examples")
     examples: dict[str, Any] = {}
     if norm != "l1":
-        images, labels = _some(model, data, _EXAMPLE_IMAGES)
+        images, labels = _some(model, data, min(_EXAMPLE_IMAGES, batch_size))
         examples = draw_examples(model, images, labels, data.classes, PGD(norm=norm, eps=eps, steps=20), seed=seed)
     write_text(folder / EXAMPLES, json.dumps(examples) + "\n")
     write_text(folder / PAGE, render_page([Entry(name or "model", report, examples)]))
     return report
+
+
+def _about(report: Report) -> dict[str, Any]:
+    """What decides evidence and corruptions."""
+    known = {key: report.conditions.get(key) for key in ("model_digest", "data_fingerprint")}
+    return {"norm": report.norm, "eps": report.eps, "seed": report.seed, **known}
+
+
+def _with_earlier(report: Report, folder: Path) -> Report:
+    """The report with the evidence and the corruptions that an earlier one in the folder has of the same thing."""
+    try:
+        earlier = Report.load(folder / REPORT)
+    except (FileNotFoundError, ValueError):
+        return report
+    if _about(earlier) != _about(report):
+        return report
+    return dataclasses.replace(report, evidence=earlier.evidence, corruptions=earlier.corruptions)
+
+
+def _corruptions(
+    model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], seed: int, batch_size: int, memo: Memo
+) -> dict[str, dict[str, float]]:
+    """Accuracy by kind and severity, each kind kept as soon as it is known."""
+
+    def accuracy(kind: str) -> dict[str, float]:
+        batches = zip(*(tensor.split(batch_size) for tensor in data), strict=True)
+        found = corruption_accuracy(model, batches, names=[kind], seed=seed)
+        return {str(level): share for level, share in found[kind].items()}
+
+    return {kind: memo.once(f"{kind} on {len(data[0])} images", partial(accuracy, kind)) for kind in CORRUPTIONS}
 
 
 def load_entry(path: str | Path) -> Entry:

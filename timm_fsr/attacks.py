@@ -5,15 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from timm_fsr.pixels import check_images
 
-LossFunction = Callable[[Tensor], Tensor]
+
+class Judged(NamedTuple):
+    """What a loss function may return in the place of the loss, so that no attack trades a success for a higher loss.
+
+    Attributes:
+        loss: (N,), to be maximised.
+        fooled: (N,) bool: is the image misclassified? By the logits of the same pass, so it costs nothing.
+    """
+
+    loss: Tensor
+    fooled: Tensor
+
+
+LossFunction = Callable[[Tensor], Tensor | Judged]
 NORMS = ("linf", "l2")
+
+
+class Kept:
+    """Of each image the best of several attacked ones: a misclassified one before others, then that of highest loss.
+
+    Where a gradient or a loss was NaN, what is kept is NaN too: a better one must not hide that no attack can climb.
+
+    Args:
+        attacked: (N, C, H, W), the first ones.
+        found: what the loss function has returned for them.
+        ties: a later one of equal loss wins.
+    """
+
+    def __init__(self, attacked: Tensor, found: Judged, *, ties: bool = False) -> None:
+        self.attacked, self.found, self.ties = attacked, found, ties
+        self.broken = found.loss.isnan()
+
+    def update(self, attacked: Tensor, found: Judged) -> None:
+        """Keep the better of each image."""
+        loss, fooled = self.found
+        higher = found.loss >= loss if self.ties else found.loss > loss
+        better = torch.where(found.fooled == fooled, higher, found.fooled)
+        self.attacked = torch.where(better.view(-1, 1, 1, 1), attacked, self.attacked)
+        self.found = Judged(torch.where(better, found.loss, loss), fooled | found.fooled)
+        self.broken |= found.loss.isnan()
+
+    def result(self) -> Tensor:
+        """(N, C, H, W), what is kept of each image."""
+        return self.attacked.masked_fill(self.broken.view(-1, 1, 1, 1), torch.nan)
 
 
 class Attack(Protocol):
@@ -41,7 +83,7 @@ class PGD:
         step_size: length of a step; None means 2.5 * eps / steps (0.25 * eps for the 10 steps of the FSR paper).
         random_start: begin at a random point of the ball, drawn uniformly unless `start_noise` is given.
         start_noise: standard deviation of a Gaussian start, in pixels (0.001 in the code of TRADES and of MART).
-        restarts: independent runs; each image keeps the one with the highest loss.
+        restarts: independent runs; each image keeps one that misclassifies it, and of equals that of highest loss.
 
     Raises:
         ValueError: an unknown norm, or a number out of range.
@@ -80,8 +122,9 @@ class PGD:
         """Attack `images`.
 
         Args:
-            loss_fn: maps images (N, C, H, W) to what is to be maximised, one value per image (N,); a scalar (their
-                sum) does without restarts. Sum, not mean: half precision would lose small gradients.
+            loss_fn: maps images (N, C, H, W) to what is to be maximised, one value per image (N,), or to that and
+                which images are misclassified (`Judged`); a scalar (their sum) does without restarts. Sum, not mean:
+                half precision would lose small gradients.
             images: (N, C, H, W) in [0, 1].
             generator: of the random starts, on the images' device; torch's default generator when left out.
 
@@ -94,17 +137,14 @@ class PGD:
         check_images(images)
         if self.eps == 0:
             return images.detach().clone()
-        best = self._run(loss_fn, images, generator)
+        first = self._run(loss_fn, images, generator)
         if self.restarts == 1:
-            return best
-        best_loss = self._losses(loss_fn, best)
+            return first
+        kept = Kept(first, self._judge(loss_fn, first))
         for _ in range(self.restarts - 1):
             candidate = self._run(loss_fn, images, generator)
-            loss = self._losses(loss_fn, candidate)
-            better = loss > best_loss
-            best = torch.where(better.view(-1, 1, 1, 1), candidate, best)
-            best_loss = torch.where(better, loss, best_loss)
-        return best
+            kept.update(candidate, self._judge(loss_fn, candidate))
+        return kept.result()
 
     def _run(self, loss_fn: LossFunction, images: Tensor, generator: torch.Generator | None) -> Tensor:
         images = images.detach()
@@ -136,14 +176,15 @@ class PGD:
         return adversarial.clamp_(0, 1)
 
     @torch.no_grad()
-    def _losses(self, loss_fn: LossFunction, images: Tensor) -> Tensor:
-        losses = loss_fn(images)
+    def _judge(self, loss_fn: LossFunction, images: Tensor) -> Judged:
+        found = loss_fn(images)
+        losses = loss_of(found)
         if losses.shape != images.shape[:1]:
             raise ValueError(
                 f"restarts={self.restarts} needs one loss per image, but loss_fn returned shape "
                 f"{tuple(losses.shape)} for {len(images)} images; use reduction='none'"
             )
-        return losses
+        return found if isinstance(found, Judged) else Judged(losses, torch.zeros_like(losses, dtype=torch.bool))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +297,7 @@ def input_gradient(loss_fn: LossFunction, images: Tensor) -> Tensor:
     """Gradient of the summed loss with respect to `images`, also inside `torch.no_grad`; nothing else is touched."""
     with torch.enable_grad():
         images = images.detach().requires_grad_(True)
-        loss = loss_fn(images)
+        loss = loss_of(loss_fn(images))
         if loss.shape not in ((), images.shape[:1]):
             raise ValueError(
                 f"loss_fn returned shape {tuple(loss.shape)} for {len(images)} images; "
@@ -273,7 +314,29 @@ def anchored(loss_fn: LossFunction) -> LossFunction:
 
     A model that cuts its gradient off has to be attacked all the same.
     """
-    return lambda images: loss_fn(images) + 0 * images.sum()
+
+    def loss(images: Tensor) -> Tensor | Judged:
+        found, nothing = loss_fn(images), 0 * images.sum()
+        return Judged(found.loss + nothing, found.fooled) if isinstance(found, Judged) else found + nothing
+
+    return loss
+
+
+def judged_loss(
+    model: Callable[[Tensor], Tensor], loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor
+) -> LossFunction:
+    """What an attack on `model` maximises: `loss` of logits (N, classes) and labels (N,), judged and anchored."""
+
+    def judged(images: Tensor) -> Judged:
+        logits = model(images)
+        return Judged(loss(logits, labels), logits.detach().argmax(dim=1) != labels)
+
+    return anchored(judged)
+
+
+def loss_of(found: Tensor | Judged) -> Tensor:
+    """The loss alone of what a loss function has returned."""
+    return found.loss if isinstance(found, Judged) else found
 
 
 def random_in_ball(like: Tensor, norm: str, eps: float, generator: torch.Generator | None = None) -> Tensor:

@@ -73,7 +73,7 @@ class Component:
             (N, C, H, W): an adversarial image where one was found, else the image itself or any point of the ball.
 
         Raises:
-            ValueError: too few classes for this attack's loss; see `usable`.
+            ValueError: too few classes for this attack's loss (see `usable`), or a gradient that is not finite.
         """
         if not usable(self.name, num_classes):
             raise ValueError(
@@ -123,7 +123,10 @@ class Component:
 
 
 class _Anchored(nn.Module):
-    """The model, with a gradient of zero where it cuts its own off, which the reference would stop at."""
+    """The model, with a gradient of zero where it cuts its own off, which the reference would stop at.
+
+    A gradient of NaN or infinity is refused: the reference could not follow it and would call the image robust.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -131,10 +134,21 @@ class _Anchored(nn.Module):
         self.training = False
 
     def forward(self, images: Tensor) -> Tensor:
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            return self.model(images)
+        images = images.view_as(images)
+        images.register_hook(_refuse_broken)
         logits = self.model(images)
-        if images.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
-            logits = logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
-        return logits
+        return logits if logits.requires_grad else logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
+
+
+def _refuse_broken(gradient: Tensor) -> None:
+    if not torch.isfinite(gradient).all():
+        raise ValueError(
+            "an attack of AutoAttack met a gradient of NaN or infinity, which it cannot follow and would take for "
+            "robustness; look in the model's forward pass for roots and norms of zero and for divisions, and add a "
+            "small constant there"
+        )
 
 
 def usable(component: str, num_classes: int) -> bool:

@@ -11,6 +11,8 @@ WIDTH, HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 28, 14, 46
 _DASHES = ("", "7 4", "2 4", "9 3 2 3")  # so that lines differ without their colour too
 _COLOURS = 4  # the page defines as many classes "s0" to "s3"
+_LINE = '<line class="line s{colour}" stroke-dasharray="{dash}" x1="1" x2="27" y1="5" y2="5"/>'  # in the legend
+_BAR = '<path class="bar s{colour}" d="M9 0h10v10h-10z"/>'
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def line_chart(title: str, lines: Sequence[Line], ticks: Sequence[tuple[float, s
             note = f"{line.name}: {100 * value:.1f} % at {given:g}"
             dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.5"><title>{}</title></circle>'
             parts.append(Markup(dot).format(colour, x, y, note))
-    return _svg(title, parts) + _legend([line.name for line in lines] if len(lines) > 1 else [])
+    return _svg(title, parts) + _legend([line.name for line in lines] if len(lines) > 1 else [], _LINE)
 
 
 def bar_chart(
@@ -83,7 +85,7 @@ def bar_chart(
             note = f"{name}: {100 * share:.1f} % from {edges[number]:.3g} to {edges[number + 1]:.3g}"
             tall = HEIGHT - _BOTTOM - y
             parts.append(Markup(bar).format(index % _COLOURS, x, y, (width - 2) / len(groups), tall, note))
-    return _svg(title, parts) + _legend([name for name, _ in groups] if len(groups) > 1 else [])
+    return _svg(title, parts) + _legend([name for name, _ in groups] if len(groups) > 1 else [], _BAR)
 
 
 def heat_map(title: str, values: Sequence[Sequence[float]]) -> Markup:
@@ -140,15 +142,13 @@ def _x_label(label: str) -> Markup:
     return Markup(text).format((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 8, label)
 
 
-def _legend(names: Sequence[str]) -> Markup:
+def _legend(names: Sequence[str], mark: str) -> Markup:
+    """The names of the series, each beside what it is drawn with."""
     if not names:
         return Markup("")
     items = []
     for index, name in enumerate(names):
-        sample = (
-            '<svg viewBox="0 0 28 10" aria-hidden="true">'
-            '<line class="line s{}" stroke-dasharray="{}" x1="1" x2="27" y1="5" y2="5"/></svg>'
-        )
-        drawn = Markup(sample).format(index % _COLOURS, _DASHES[index % len(_DASHES)])
+        frame = f'<svg viewBox="0 0 28 10" aria-hidden="true">{mark}</svg>'
+        drawn = Markup(frame).format(colour=index % _COLOURS, dash=_DASHES[index % len(_DASHES)])
         items.append(Markup("<li>{}{}</li>").format(drawn, escape(name)))
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))

@@ -11,6 +11,7 @@ from rich.console import Console
 from timm_fsr.commands import evaluate_command, report_command
 from timm_fsr.demo import run_demo
 from timm_fsr.engine import InterruptedRunError, train
+from timm_fsr.faults import UnsoundError
 from timm_fsr.hub_commands import card_command, convert_command, models_command, push_command
 from timm_fsr.recipe import parse_arguments, recipe_parser
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = f"timm-fsr {command}: interrupted; what was written so far is whole"
         Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
         return 130
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, UnsoundError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: error: {error}", markup=False)
         return 2
     return 0

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_fsr.assessment import PAGE, REPORT, assess, check_classes, load_entry
 from timm_fsr.data import EMBEDDED, ImageData, load_data
-from timm_fsr.evaluation import Standing, evaluate, rescore
+from timm_fsr.evaluation import Standing, evaluate
 from timm_fsr.files import staged, write_text
 from timm_fsr.hub import load
 from timm_fsr.inference import BATCH_SIZE
@@ -21,7 +21,9 @@ from timm_fsr.launch import join_processes
 from timm_fsr.notation import parse_number
 from timm_fsr.page import render_page
 from timm_fsr.progress import bar
+from timm_fsr.provenance import training_report
 from timm_fsr.report import WORST_CASE, Report
+from timm_fsr.rescoring import rescore
 from timm_fsr.suites import check_names
 
 _EVALUATE = """Clean and robust accuracy of a model, and the evidence for it.
@@ -71,14 +73,15 @@ def evaluate_command(arguments: Sequence[str]) -> None:
                 **common,
                 evidence_images=options.evidence,
                 corruption_images=options.corruptions,
-                trained=_training_report(options.model),
+                trained=None if options.checkpoint else training_report(options.model, model),
+                batch_size=options.batch_size,
                 overwrite=options.overwrite,
                 save_images=options.save_images,
                 progress=progress,
                 announce=lambda part: console.print(f"now: {part}"),
             )
         else:
-            report = evaluate(model, data.batches(BATCH_SIZE), **common, data_name=data.name, progress=progress)
+            report = evaluate(model, data.batches(options.batch_size), **common, data_name=data.name, progress=progress)
     _print_report(report, options, console)
 
 
@@ -132,6 +135,9 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     )
     attack.add_argument("--attacked", metavar="FOLDER", help="only try the images that another evaluation has saved")
     attack.add_argument("--seed", type=int, default=0)
+    attack.add_argument(
+        "--batch-size", type=int, default=BATCH_SIZE, help=f"images per pass, to fit the memory (default {BATCH_SIZE})"
+    )
     results = parser.add_argument_group("results")
     results.add_argument("--output", help=f"folder for {REPORT}, {PAGE} and the outcomes to resume from")
     results.add_argument("--overwrite", action="store_true", help="replace what the folder holds of another evaluation")
@@ -167,6 +173,8 @@ def _check_options(options: argparse.Namespace) -> None:
     for flag, given in needs_folder.items():
         if given and not options.output:
             raise ValueError(f"{flag} needs a folder to write to; add --output FOLDER")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size={options.batch_size} must be 1 or more")
     if min(options.evidence, options.corruptions) < 0:
         raise ValueError("--evidence and --corruptions take a number of images, 0 or more")
     if options.output:
@@ -201,17 +209,10 @@ def _load_images(options: argparse.Namespace, *, progress: bool) -> ImageData:
     )
 
 
-def _training_report(model: str) -> Report | None:
-    """What training has left beside the model: it says what chose the checkpoint."""
-    path = Path(model.removeprefix("local-dir:")) / REPORT
-    return Report.load(path) if path.is_file() else None
-
-
 def _rescore(options: argparse.Namespace, console: Console) -> None:
     model = _load_model(options, options.device)
-    for suite, correct in rescore(model, options.attacked).items():
-        share = 100 * int(correct.sum()) / len(correct)
-        console.print(f"{options.model} on images attacked by {suite}: {share:.2f} % right ({len(correct)} images)")
+    for suite, outcome in rescore(model, options.attacked).items():
+        console.print(f"{options.model} on images attacked by {suite}: {outcome.sentence()}", markup=False)
 
 
 def _print_report(report: Report, options: argparse.Namespace, console: Console) -> None:

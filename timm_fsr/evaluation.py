@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,25 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from timm_fsr.attacked import AttackedBatch, keep_attacked, load_attacked, perturbed, save_attacked
 from timm_fsr.attacks import attack_mode
-from timm_fsr.autoattack import implementation_version
+from timm_fsr.collation import BatchOutcome, Part, put_together
 from timm_fsr.data import derive_generator
+from timm_fsr.digests import batch_key, model_digest
+from timm_fsr.faults import UnsoundError
 from timm_fsr.folding import Folding, find_folding
 from timm_fsr.hub import base_model, weights_digest
 from timm_fsr.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
-from timm_fsr.outcomes import (
-    CLEAN,
-    Journal,
-    attacked_batches,
-    attacked_suites,
-    batch_key,
-    load_attacked,
-    model_digest,
-    save_attacked,
-    suite_key,
-)
+from timm_fsr.outcomes import CLEAN, Journal, KnownSuite, open_journal, suite_key
 from timm_fsr.pixels import as_pixel_model, check_images
 from timm_fsr.report import Report
-from timm_fsr.soundness import Soundness, check_logits, check_model, examine
+from timm_fsr.sharing import from_main
+from timm_fsr.soundness import Soundness, check_attacked, check_logits, check_model, examine
 from timm_fsr.stages import Stage, Suite
-from timm_fsr.suites import AUTOATTACK_SUITES, ENSEMBLE, OFFICIAL, Target, build_suites, check_names
+from timm_fsr.suites import Target, build_suites, check_names
 from timm_fsr.version import __version__
 
-__all__ = ["Standing", "evaluate", "rescore"]
-
-_SQUARE_GAP = 0.002  # AutoAttack's own threshold for calling white-box attacks unreliable
+__all__ = ["Standing", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -108,13 +100,13 @@ def evaluate(
         progress: called after each attack on a batch.
 
     Returns:
-        The report; its "clean" comes first.
+        The report; its "clean" comes first. What `folder` knows of other attacks on the same images counts too.
 
     Raises:
         ValueError: an unknown attack, images outside [0, 1], labels that do not fit, a model that does not return
             one finite row of logits per image, no data, or a folder with another evaluation.
         ModuleNotFoundError: an attack needs a package that is not installed.
-        RuntimeError: a feature layer that does not fire, or an attack that leaves the ball.
+        UnsoundError: a feature layer that does not fire, or an attack that leaves the ball.
     """
     check_names([a for a in _listed(attacks) if isinstance(a, str)], norm, eps, sources=bool(transfer_from))
     if save_images and folder is None:
@@ -134,48 +126,24 @@ def evaluate(
             names=attacks,
             threat=(norm, float(eps), seed),
             sources=sources,
-            journal=_open_journal(folder, key, accelerator, overwrite=overwrite),
+            journal=open_journal(folder, key, accelerator, overwrite=overwrite),
             folder=Path(folder) if folder is not None and save_images else None,
             progress=progress,
         )
         for index, (images, labels) in enumerate(as_batches(data)):
+            if index == 0:
+                with _seeded(seed, index, device):
+                    work.prepare(images.to(device), labels.to(device), accelerator)
             if index % world == rank:
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    torch.manual_seed(derive_generator(seed, 0, index, 0, stream="evaluate clean").initial_seed())
+                with _seeded(seed, index, device):
                     work.evaluate_batch(index, images.to(device), labels.to(device))
     parts = [work.result()] if accelerator is None else gather_object([work.result()])
-    report = _put_together(parts, norm, float(eps), seed)
+    report = put_together(parts, norm, float(eps), seed)
+    if save_images and rank == 0:
+        work.tidy(sum(len(part.batches) for part in parts))
     own, found = _conditions(model, name, data_name, device, world), dict(report.conditions)
     report.conditions.update({**own, **found, "model_digest": key["model"]})
     return report
-
-
-def rescore(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
-    """Try the attacked images of an earlier evaluation with `save_images` on a model, be it the same or another.
-
-    Args:
-        model: a timm model or a pixel-space model.
-        folder: of the evaluation.
-
-    Returns:
-        For each attack by its folder's name, (N,) bool: was the attacked image classified correctly?
-
-    Raises:
-        FileNotFoundError: there are no attacked images in the folder.
-        ValueError: they are damaged, or do not fit the model.
-    """
-    pixel_model = as_pixel_model(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    outcomes: dict[str, Tensor] = {}
-    with attack_mode(pixel_model), full_precision(device):
-        check_model(pixel_model)
-        for suite in attacked_suites(Path(folder)):
-            flags = []
-            for images, labels in attacked_batches(Path(folder), suite):
-                check_channels(pixel_model, images)
-                flags.append((predict(pixel_model, images.to(device), suite) == labels.to(device)).cpu())
-            outcomes[suite] = torch.cat(flags)
-    return outcomes
 
 
 @dataclass
@@ -192,46 +160,59 @@ class _Work:
     suites: list[Suite] = field(default_factory=list)
     soundness: Soundness | None = None
     folding: Folding = field(default_factory=Folding)
-    outcomes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    outcomes: dict[int, BatchOutcome] = field(default_factory=dict)
     standing: Standing = Standing(0, 0, CLEAN)
 
     def evaluate_batch(self, index: int, images: Tensor, labels: Tensor) -> None:
         """The outcomes of batch number `index`, all of them or those that the journal does not know."""
         check_images(images, labels)
         check_channels(self.model, images)
-        if self.soundness is None:
-            self._prepare(images, labels)
         batch = batch_key(index, images, labels)
         clean = self._clean(batch, images, labels)
         alive = clean.clone()
-        found: dict[str, Any] = {"labels": labels.cpu(), CLEAN: clean.cpu(), "stages": {}}
+        found = BatchOutcome(labels.cpu(), clean.cpu())
         for suite in self.suites:
             stages = self._attack(suite, index, batch, images, labels, clean, alive)
             alive &= list(stages.values())[-1]
-            found[suite.name] = list(stages.values())[-1].cpu()
-            if len(stages) > 1:
-                found["stages"][suite.name] = {key: flags.cpu() for key, flags in stages.items()}
+            found.suites[suite_key(suite)] = {key: flags.cpu() for key, flags in stages.items()}
+        for key in self._unasked():
+            earlier = self.journal.stages(batch, key)
+            if earlier is not None:
+                found.suites[key] = earlier
         self.outcomes[index] = found
         done, standing = self.standing.images + len(images), self.standing
         self._show(Standing(done, standing.robust + int(alive.sum()), standing.stage))
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Part:
         """What the other processes have to know."""
         notes = [] if self.soundness is None else self.soundness.notes()
-        return {
-            "outcomes": self.outcomes,
-            "attacks": {suite.name: suite.detail for suite in self.suites},
-            "notes": [*notes, *(suite.note for suite in self.suites if suite.note)],
-        }
+        asked = {suite_key(suite): KnownSuite.of(suite) for suite in self.suites}
+        return Part(self.outcomes, asked, self._unasked(), notes)
 
-    def _prepare(self, images: Tensor, labels: Tensor) -> None:
+    def tidy(self, batches: int) -> None:
+        """Remove attacked images of an earlier evaluation on more batches than these."""
+        if self.folder is not None:
+            for suite in self.suites:
+                keep_attacked(self.folder, suite.name, batches)
+
+    def prepare(self, images: Tensor, labels: Tensor, accelerator: Accelerator | None) -> None:
+        """Look at the first batch and choose the attacks: on one process for all, which must not differ in them."""
         norm, eps, seed = self.threat
-        self.soundness = examine(self.model, images, labels)
+        check_images(images, labels)
+        check_channels(self.model, images)
+        self.soundness = from_main(accelerator, lambda: examine(self.model, images, labels))
         self.folding = find_folding(self.model, images)
         target = Target(self.model, norm, eps, seed, self.soundness, self.sources)
         for name in self.names:
             self.suites += [name] if isinstance(name, Suite) else build_suites([name], target)
         self.suites = list({suite.name: suite for suite in self.suites}.values())
+        for suite in self.suites:
+            self.journal.introduce(suite)
+
+    def _unasked(self) -> dict[str, KnownSuite]:
+        """What the journal knows of besides the attacks that were asked for."""
+        asked = {suite_key(suite) for suite in self.suites}
+        return {key: suite for key, suite in self.journal.suites.items() if key not in asked}
 
     def _clean(self, batch: str, images: Tensor, labels: Tensor) -> Tensor:
         known = self.journal.get(batch, CLEAN, CLEAN)
@@ -254,20 +235,20 @@ class _Work:
         """
         correct = torch.ones_like(clean) if suite.every_image else clean.clone()
         flags: dict[str, Tensor] = {}
-        attacked = None
-        for stage in suite.stages:
-            key = (batch, *suite_key(suite, stage))
-            known = self.journal.get(*key)
+        attacked, usable = self._attacked_so_far(suite, index, batch, images)
+        for number, stage in enumerate(suite.stages, 1):
+            key = (batch, suite_key(suite), stage.name)
+            known = self.journal.get(*key) if number <= usable else None
             if known is None:
-                if attacked is None:
-                    attacked = self._attacked_so_far(suite, index, images)
                 chosen = correct.nonzero().flatten()
                 if len(chosen):
                     found = self._run(suite, stage, index, images[chosen], labels[chosen])
                     attacked[chosen] = found
                     correct[chosen] = predict(self.model, found, stage.name) == labels[chosen]
                 if self.folder is not None:
-                    save_attacked(self.folder, suite.name, index, attacked, labels)
+                    result = AttackedBatch(attacked, labels, perturbed(attacked, images))
+                    of = f"{batch} {suite_key(suite)}"
+                    save_attacked(self.folder, suite.name, index, result, of=of, stages=number)
                 self.journal.put(correct, *key)
             else:
                 correct = known.to(images.device)
@@ -276,10 +257,15 @@ class _Work:
             self._show(Standing(self.standing.images, self.standing.robust, name, len(images), left))
         return flags
 
-    def _attacked_so_far(self, suite: Suite, index: int, images: Tensor) -> Tensor:
-        """The images as earlier stages left them, if those were run before a kill and kept."""
-        kept = None if self.folder is None else load_attacked(self.folder, suite.name, index)
-        return images.clone() if kept is None else kept.to(images.device)
+    def _attacked_so_far(self, suite: Suite, index: int, batch: str, images: Tensor) -> tuple[Tensor, int]:
+        """The images as earlier stages left them, and of how many stages the journal's outcomes can be used.
+
+        Where images are to be kept, an outcome without them is of no use.
+        """
+        if self.folder is None:
+            return images.clone(), len(suite.stages)
+        kept = load_attacked(self.folder, suite.name, index, of=f"{batch} {suite_key(suite)}")
+        return (images.clone(), 0) if kept is None else (kept[0].to(images.device), kept[1])
 
     def _run(self, suite: Suite, stage: Stage, index: int, images: Tensor, labels: Tensor) -> Tensor:
         norm, eps, seed = self.threat
@@ -297,64 +283,12 @@ class _Work:
             self.progress(standing)
 
 
-def _open_journal(
-    folder: str | Path | None, key: Mapping[str, Any], accelerator: Accelerator | None, *, overwrite: bool
-) -> Journal:
-    path = None if folder is None else Path(folder)
-    if accelerator is None:
-        return Journal(path, key, overwrite=overwrite)
-    with accelerator.main_process_first():  # which may remove what the others would read
-        return Journal(path, key, accelerator.process_index, overwrite=overwrite)
-
-
-def _put_together(parts: Sequence[Mapping[str, Any]], norm: str, eps: float, seed: int) -> Report:
-    """The report of what all processes found, in the order of the batches."""
-    outcomes = {index: found for part in parts for index, found in part["outcomes"].items()}
-    if not outcomes:
-        raise ValueError("there is no image to evaluate on; check the data's split and limit")
-    batches = [outcomes[index] for index in sorted(outcomes)]
-    attacks = dict(next(part["attacks"] for part in parts if part["attacks"] or part["outcomes"]))
-    notes = dict.fromkeys(note for part in parts for note in part["notes"])
-    correct = {key: torch.cat([batch[key] for batch in batches]) for key in (CLEAN, *attacks)}
-    stages = {
-        suite: {key: torch.cat([batch["stages"][suite][key] for batch in batches]) for key in parts_}
-        for suite, parts_ in batches[0]["stages"].items()
-    }
-    if all(name in correct for name in OFFICIAL):
-        correct[ENSEMBLE] = torch.stack([correct[name] for name in (CLEAN, *OFFICIAL)]).all(dim=0)
-        attacks[ENSEMBLE] = "right clean and under each of the official attacks"
-    return Report(
-        correct=correct,
-        stages=stages,
-        attacks=attacks,
-        norm=norm,
-        eps=eps,
-        seed=seed,
-        labels=torch.cat([batch["labels"] for batch in batches]),
-        notes=(*notes, *_square_notes(stages)),
-        conditions={
-            "batch_size": max(len(batch["labels"]) for batch in batches),
-            "autoattack_nonstandard": any("non-standard" in note for note in notes),
-            **({"autoattack": implementation_version()} if set(attacks) & set(AUTOATTACK_SUITES) else {}),
-        },
-    )
-
-
-def _square_notes(stages: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """What it means that the black-box attack broke more than gradients did."""
-    notes = []
-    for suite, flags in stages.items():
-        before = None
-        for name, correct in flags.items():
-            if name == "square" and before is not None:
-                share = float((before & ~correct).float().mean())
-                if share > _SQUARE_GAP:
-                    notes.append(
-                        f"in {suite!r}, Square broke {100 * share:.1f} % of the images that the attacks before it "
-                        "missed: suspect masked gradients"
-                    )
-            before = correct
-    return notes
+@contextmanager
+def _seeded(seed: int, index: int, device: torch.device) -> Iterator[None]:
+    """What is random in a model that is so even in eval mode depends on the batch's number and on nothing before it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_generator(seed, 0, index, 0, stream="evaluate clean").initial_seed())
+        yield
 
 
 def _listed(attacks: Sequence[str | Suite]) -> Sequence[str | Suite]:
@@ -365,18 +299,14 @@ def _listed(attacks: Sequence[str | Suite]) -> Sequence[str | Suite]:
 
 def _check_budget(attacked: Tensor, images: Tensor, norm: str, eps: float, name: str) -> None:
     """An attack that cheats would make any model look weak, and one that gives NaN any model strong."""
-    if not torch.isfinite(attacked).all():
-        raise ValueError(
-            f"the attack {name!r} gave NaN or infinite pixels, so the model's gradients are such; check its weights "
-            "and its forward pass for divisions and roots"
-        )
+    check_attacked(attacked, name)
     delta = (attacked - images).flatten(1)
     size = {"linf": delta.abs().amax(dim=1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(dim=1)}[norm]
     inside = attacked.shape == images.shape and bool((size <= eps * (1 + 1e-4) + 1e-6).all())
     if not (inside and float(attacked.min()) >= 0 and float(attacked.max()) <= 1):
-        raise RuntimeError(
+        raise UnsoundError(
             f"the attack {name!r} left [0, 1] or the {norm} ball of radius {eps:g} (reached {float(size.max()):g}); "
-            "its result would mean nothing"
+            "its result would mean nothing; mend the attack"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from timm_fsr.adaptive import mean_gradient
 from timm_fsr.apgd import APGD
-from timm_fsr.attacks import PGD, Attack, LossFunction, anchored, attack_mode, input_gradient, random_in_ball
+from timm_fsr.attacks import PGD, attack_mode, input_gradient, random_in_ball
 from timm_fsr.autoattack import Component
 from timm_fsr.data import derive_generator
-from timm_fsr.inference import BATCH_SIZE, full_precision, predict
+from timm_fsr.inference import BATCH_SIZE, as_float, full_precision, predict
 from timm_fsr.margins import cross_entropy, dlr, margin
 from timm_fsr.pixels import as_pixel_model, check_images
 from timm_fsr.report import format_eps
 from timm_fsr.sites import record
 from timm_fsr.soundness import check_model, examine
+from timm_fsr.subject import Subject
 from timm_fsr.surrogates import feature_layers, noisy
 
 STEPS = (10, 50, 100, 1000)
@@ -40,61 +41,7 @@ _FLAT = 1e-4  # ... or with so small a product m (1 - m), which is the mask's gr
 _TOLERANCE = 0.01  # of robust accuracy: what stronger attacks may still break without a warning
 
 Announce = Callable[[str], None]
-ImageLoss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What the evidence is about.
-
-    Attributes:
-        model: in pixel space, in eval mode.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,).
-        norm: "linf" or "l2".
-        eps: radius, in pixels of [0, 1].
-        seed: of everything random.
-        batch_size: images per pass.
-    """
-
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
-    norm: str
-    eps: float
-    seed: int
-    batch_size: int
-
-    def robust_to(self, attack: Attack, name: str, loss: ImageLoss = cross_entropy) -> Tensor:
-        """(N,) bool: is the image right clean and under the attack? Images that are wrong already are not attacked."""
-        right = self.right_on(self.images, name)
-        attacked = self.attacked(attack, name, loss, right)
-        return right & self.right_on(attacked, name)
-
-    def attacked(
-        self,
-        attack: Attack,
-        name: str,
-        loss: ImageLoss = cross_entropy,
-        chosen: Tensor | None = None,
-    ) -> Tensor:
-        """The images, those `chosen` (N,) of them attacked."""
-        result = self.images.clone()
-        indices = torch.arange(len(self.images), device=self.images.device)
-        indices = indices if chosen is None else indices[chosen]
-        for number, part in enumerate(indices.split(self.batch_size) if len(indices) else ()):
-            generator = derive_generator(self.seed, 0, number, 0, self.images.device, stream=f"evidence {name}")
-            labels = self.labels[part]
-            result[part] = attack(self.loss_fn(loss, labels), self.images[part], generator=generator)
-        return result
-
-    def loss_fn(self, loss: ImageLoss, labels: Tensor) -> LossFunction:
-        """What an attack maximises on the images with these labels."""
-        return anchored(lambda images: loss(self.model(images), labels))
-
-    def right_on(self, images: Tensor, kind: str) -> Tensor:
-        """(N,) bool: is the image classified correctly?"""
-        return torch.cat([predict(self.model, part, kind) for part in images.split(self.batch_size)]) == self.labels
+Once = Callable[[str, Callable[[], Any]], Any]
 
 
 def gather_evidence(
@@ -109,6 +56,7 @@ def gather_evidence(
     restarts: Sequence[int] = RESTARTS,
     batch_size: int = BATCH_SIZE,
     announce: Announce | None = None,
+    once: Once | None = None,
 ) -> dict[str, Any]:
     """Attack a model in many ways and say what that tells about its gradients.
 
@@ -123,6 +71,8 @@ def gather_evidence(
         restarts: of PGD-20, rising.
         batch_size: images per pass; bounds the memory.
         announce: called with the name of each part before it begins.
+        once: called with the name of each part and what gathers it, to give what it has kept of that part or to
+            gather and keep it, as `timm_fsr.memo.Memo.once` does; None keeps nothing.
 
     Returns:
         Plain JSON values: one entry per part, and "findings", sentences with a level "ok", "note" or "warning";
@@ -134,16 +84,17 @@ def gather_evidence(
     """
     pixel_model = as_pixel_model(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images, labels = images.to(device), labels.to(device)
+    images, labels = as_float(images).to(device), labels.to(device)
     check_images(images, labels)
     square = Component("square", norm, eps, seed)
     subject = Subject(pixel_model, images, labels, norm, eps, seed, batch_size)
+    survivors = torch.ones(len(images), dtype=torch.bool)  # of every white-box attack so far
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "eps": lambda: _eps_sweep(subject),
         "steps": lambda: _steps_sweep(subject, steps),
         "restarts": lambda: _restarts_sweep(subject, restarts),
         "noise": lambda: _noise(subject),
-        "square": lambda: _square_gap(subject, square),
+        "square": lambda: _square_gap(subject, square, survivors.to(device)),
         "noise_on": lambda: _noise_on(subject),
         "surface": lambda: {"slices": _surface(subject)},
         "masks": lambda: {"sites": _masks(subject)},
@@ -160,8 +111,9 @@ def gather_evidence(
         for name, part in parts.items():
             if announce is not None:
                 announce(name)
-            found: Any = part()
+            found: Any = part() if once is None else once(name, part)
             findings += found.pop("findings", [])
+            survivors &= torch.tensor(found.pop("robust", [True]))
             found = next(iter(found.values())) if name in ("surface", "masks") else found
             if found:
                 evidence[name] = found
@@ -171,44 +123,66 @@ def gather_evidence(
 
 def _eps_sweep(subject: Subject) -> dict[str, Any]:
     """Robust accuracy against a growing radius: it has to reach zero."""
-    radii, accuracies = [], []
+    radii, accuracies, robust = [], [], None
     for factor in EPS_FACTORS:
         eps = factor * subject.eps if subject.norm == "l2" else min(factor * subject.eps, 1.0)
         attack = PGD(norm=subject.norm, eps=eps, steps=50)
         radii.append(eps)
-        accuracies.append(_share(subject.robust_to(attack, f"eps {factor}")))
+        flags = subject.robust_to(attack, f"eps {factor}")
+        robust = flags if factor == 1 else robust
+        accuracies.append(_share(flags))
         if accuracies[-1] == 0 or (subject.norm == "linf" and eps >= 1):
             break
-    curve = ", ".join(f"{100 * a:.1f} % at {format_eps(e)}" for e, a in zip(radii, accuracies, strict=True))
+    curve = ", ".join(
+        f"{100 * a:.1f} % at {format_eps(e, subject.norm)}" for e, a in zip(radii, accuracies, strict=True)
+    )
+    last = format_eps(radii[-1], subject.norm)
     rises = any(later > earlier + _TOLERANCE for earlier, later in itertools.pairwise(accuracies))
     if accuracies[-1] > 0:
-        finding = _warn(f"PGD-50 does not reach 0 % accuracy even at eps {format_eps(radii[-1])}: suspect masking")
+        finding = _warn(f"PGD-50 does not reach 0 % accuracy even at eps {last}: suspect masking")
     elif rises:
         finding = _warn(f"accuracy rises with eps somewhere ({curve}): suspect masking")
     else:
-        finding = _fine(f"PGD-50 brings accuracy to 0 % at eps {format_eps(radii[-1])}, as it must")
-    return {"eps": radii, "accuracy": accuracies, "findings": [finding]}
+        finding = _fine(f"PGD-50 brings accuracy to 0 % at eps {last}, as it must")
+    at_eps = {} if robust is None else {"robust": robust.tolist()}  # none where a smaller radius has broken all
+    return {"eps": radii, "accuracy": accuracies, **at_eps, "findings": [finding]}
 
 
 def _steps_sweep(subject: Subject, steps: Sequence[int]) -> dict[str, Any]:
     """Robust accuracy against the number of PGD steps: more should hardly help after a hundred."""
     attack = PGD(norm=subject.norm, eps=subject.eps)
-    accuracies = [_share(subject.robust_to(replace(attack, steps=n), f"steps {n}")) for n in steps]
-    fall = accuracies[len(accuracies) // 2] - accuracies[-1]
-    what = f"{steps[-1]} PGD steps instead of {steps[len(steps) // 2]} break {100 * fall:.1f} % more"
-    finding = _warn(f"{what}: fewer have not converged") if fall > _TOLERANCE else _fine(f"{what}: converged")
-    return {"steps": list(steps), "accuracy": accuracies, "findings": [finding]}
+    flags = [subject.robust_to(replace(attack, steps=n), f"steps {n}") for n in steps]
+    fewer, most = int(flags[len(flags) // 2].sum()), int(flags[-1].sum())
+    what = f"{steps[-1]} PGD steps instead of {steps[len(steps) // 2]} break {_more(fewer - most, len(flags[0]))}"
+    converged = not _matters(fewer - most, len(flags[0]))
+    finding = _fine(f"{what}: converged") if converged else _warn(f"{what}: fewer have not converged")
+    return {"steps": list(steps), **_sweep(flags), "findings": [finding]}
 
 
 def _restarts_sweep(subject: Subject, restarts: Sequence[int]) -> dict[str, Any]:
     """Robust accuracy against random restarts: they help much only on a rugged loss surface."""
     attack = PGD(norm=subject.norm, eps=subject.eps, steps=20)
     runs = [replace(attack, restarts=n) for n in restarts]
-    accuracies = [_share(subject.robust_to(run, "restarts")) for run in runs]
-    fall = accuracies[0] - accuracies[-1]
-    what = f"{restarts[-1]} restarts of PGD-20 break {100 * fall:.1f} % more than {restarts[0]}"
-    finding = _warn(f"{what}: a rugged loss surface") if fall > 2 * _TOLERANCE else _fine(what)
-    return {"restarts": list(restarts), "accuracy": accuracies, "findings": [finding]}
+    flags = [subject.robust_to(run, "restarts") for run in runs]
+    fall = int(flags[0].sum()) - int(flags[-1].sum())
+    what = f"{restarts[-1]} restarts of PGD-20 break {_more(fall, len(flags[0]))} than {restarts[0]}"
+    finding = _warn(f"{what}: a rugged loss surface") if _matters(fall, len(flags[0]), 2) else _fine(what)
+    return {"restarts": list(restarts), **_sweep(flags), "findings": [finding]}
+
+
+def _sweep(flags: list[Tensor]) -> dict[str, Any]:
+    """Accuracies, and which images withstood all of these attacks."""
+    return {"accuracy": [_share(one) for one in flags], "robust": torch.stack(flags).all(dim=0).tolist()}
+
+
+def _more(count: int, of: int) -> str:
+    """How many images more an attack breaks; a negative count is chance."""
+    return f"{count} of {of} images more" if count > 0 else "no more images"
+
+
+def _matters(count: int, of: int, factor: int = 1) -> bool:
+    """Whether so many images are more than a single one, which proves nothing, and than what is tolerated."""
+    return count > max(1.0, factor * _TOLERANCE * of)
 
 
 def _noise(subject: Subject) -> dict[str, Any]:
@@ -222,12 +196,14 @@ def _noise(subject: Subject) -> dict[str, Any]:
         edge = _to_edge(delta, subject.norm, subject.eps)
         corners &= subject.right_on((subject.images + edge).clamp(0, 1), "noisy")
     attacked = subject.robust_to(PGD(norm=subject.norm, eps=subject.eps, steps=20), "noise")
-    missed = _share(attacked & ~(uniform & corners))
-    what = f"random noise breaks {100 * missed:.1f} % of the images, which PGD-20 missed"
+    missed = int((attacked & ~(uniform & corners)).sum())
+    what = f"random noise breaks {missed} of {len(right)} images that PGD-20 missed"
+    doubtful = _matters(missed, len(right))
     shares = {"clean": right, "uniform": uniform, "corners": corners, "pgd": attacked}
     return {
         **{name: _share(flags) for name, flags in shares.items()},
-        "findings": [_warn(f"{what}: its gradients are of little use") if missed > _TOLERANCE else _fine(what)],
+        "robust": attacked.tolist(),
+        "findings": [_warn(f"{what}: its gradients are of little use") if doubtful else _fine(what)],
     }
 
 
@@ -237,23 +213,24 @@ def _to_edge(delta: Tensor, norm: str, eps: float) -> Tensor:
     return eps * delta / delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
-def _square_gap(subject: Subject, square: Component) -> dict[str, Any]:
-    """What the black-box attack Square breaks beyond the white-box ones."""
+def _square_gap(subject: Subject, square: Component, survivors: Tensor) -> dict[str, Any]:
+    """What the black-box attack Square breaks beyond the white-box ones, those that `survivors` withstood included."""
     attack = APGD(norm=subject.norm, eps=subject.eps)
     loss = dlr if subject.model(subject.images[:1]).shape[1] >= 3 else margin
-    white = subject.robust_to(attack, "white box") & subject.robust_to(attack, "white box ratio", loss)
+    white = subject.robust_to(attack, "white box") & subject.robust_to(attack, "white box ratio", loss) & survivors
     after = white.clone()
     for part in white.nonzero().flatten().split(subject.batch_size):
         images, labels = subject.images[part], subject.labels[part]
         classes = subject.model(images[:1]).shape[1]
         after[part] = predict(subject.model, square(subject.model, images, labels, classes), "Square's") == labels
-    broken = _share(white & ~after)
-    what = f"Square broke {100 * broken:.1f} % that white-box attacks missed"
+    count, broken = len(white), int((white & ~after).sum())
+    share = f" ({100 * broken / count:.1f} %)" if broken else ""
+    what = f"Square broke {broken} of {count} images{share} that every white-box attack of this evidence missed"
     return {
         "white_box": _share(white),
         "after_square": _share(after),
-        "broken_by_square_only": broken,
-        "findings": [_warn(f"{what}: suspect masking") if broken > _TOLERANCE else _fine(what)],
+        "broken_by_square_only": broken / count,
+        "findings": [_warn(f"{what}: suspect masking") if _matters(broken, count) else _fine(what)],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,29 @@ BATCH_SIZE = 250
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 arithmetic without TF32 and without autocast: half precision would hide weak spots."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    switches = _precision_switches()
+    before = [getattr(holder, name) for holder, name, _ in switches]
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        for holder, name, exact in switches:
+            setattr(holder, name, exact)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for (holder, name, _), value in zip(switches, before, strict=True):
+            setattr(holder, name, value)
+
+
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """Each of torch's settings of float32 arithmetic as (holder, name, exact value).
+
+    Where torch has `fp32_precision`, by that alone: its older flags refuse to be read once both kinds have been set.
+    """
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    holders = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    holders += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    return [(holder, "fp32_precision", "ieee") for holder in holders]
 
 
 def hardware(device: torch.device, processes: int) -> str:
@@ -73,7 +89,12 @@ def as_batches(data: Batches) -> Iterator[tuple[Tensor, Tensor]]:
                 f"data gives {type(batch).__name__} where (images, labels) belong; give two tensors or an iterable "
                 "of such pairs of tensors"
             )
-        yield batch[0], batch[1]
+        yield as_float(batch[0]), batch[1]
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Images in float32, in which models are evaluated, if they are floating point at all."""
+    return images.float() if images.is_floating_point() else images
 
 
 def check_channels(model: nn.Module, images: Tensor) -> None:

@@ -84,7 +84,7 @@ def model_info(
         "dataset": dataset,
         "venue": venue,
         "architecture": architecture,
-        "eps": format_eps(report.eps),
+        "eps": format_eps(report.eps, report.norm),
         "clean_acc": _percent(report.accuracy["clean"]),
         "reported": "" if reported is None else _percent(reported),
         "autoattack_acc": _percent(report.accuracy["autoattack"]),

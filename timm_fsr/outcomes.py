@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 
-from timm_fsr.files import staged, write_text
-from timm_fsr.layers import FeatureLayer
-from timm_fsr.stages import Stage, Suite
+from timm_fsr.attacked import forget_attacked
+from timm_fsr.digests import text_digest
+from timm_fsr.files import write_text
+from timm_fsr.sharing import from_main
+from timm_fsr.stages import Suite
 
 CLEAN = "clean"
-_JOURNALS, _ATTACKED = "outcomes", "attacked"
+_JOURNALS = "outcomes"
+
+
+@dataclass(frozen=True)
+class KnownSuite:
+    """What is to be said of a suite besides its outcomes.
+
+    Attributes:
+        name: of the suite.
+        detail: the suite written out.
+        stages: their names, in their order.
+        note: what a reader has to know about it.
+    """
+
+    name: str
+    detail: str
+    stages: tuple[str, ...]
+    note: str
+
+    @classmethod
+    def of(cls, suite: Suite) -> KnownSuite:
+        """What is to be said of `suite`."""
+        return cls(suite.name, suite.detail, tuple(stage.name for stage in suite.stages), suite.note)
 
 
 class Journal:
@@ -41,6 +63,7 @@ class Journal:
 
     def __init__(self, folder: Path | None, key: Mapping[str, Any], rank: int = 0, *, overwrite: bool = False) -> None:
         self._found: dict[tuple[str, ...], Tensor] = {}
+        self.suites: dict[str, KnownSuite] = {}
         self._path = None if folder is None else folder / _JOURNALS / f"{rank}.jsonl"
         if folder is None or self._path is None:
             return
@@ -56,10 +79,10 @@ class Journal:
                 )
             if difference:
                 path.unlink()
+                forget_attacked(folder)
                 continue
             for line in lines:
-                record = json.loads(line)
-                self._found[tuple(record["of"])] = _to_flags(record["correct"])
+                self._read(json.loads(line))
             if path == self._path:
                 own += lines
         write_text(self._path, "\n".join(own) + "\n")  # without a line that was cut off
@@ -71,83 +94,60 @@ class Journal:
         """The flags (N,) noted for that batch, suite and stage, or None."""
         return self._found.get(of)
 
+    def stages(self, batch: str, suite: str) -> dict[str, Tensor] | None:
+        """The flags (N,) noted after each stage of a suite, or None if any is missing."""
+        found = {name: self.get(batch, suite, name) for name in self.suites[suite].stages}
+        whole = {name: flags for name, flags in found.items() if flags is not None}
+        return whole if len(whole) == len(found) else None
+
     def put(self, correct: Tensor, *of: str) -> None:
         """Note the flags (N,) of a batch, suite and stage; on the disk when this returns."""
         self._found[of] = correct.cpu()
+        self._append({"of": of, "correct": "".join("01"[flag] for flag in correct.tolist())})
+
+    def introduce(self, suite: Suite) -> None:
+        """Note what a suite is, so that its outcomes count also where it is not asked for again."""
+        key = suite_key(suite)
+        if key not in self.suites:
+            self.suites[key] = KnownSuite.of(suite)
+            self._append({"suite": key, **asdict(self.suites[key])})
+
+    def _read(self, record: Mapping[str, Any]) -> None:
+        if "suite" in record:
+            stages = tuple(record["stages"])
+            self.suites[record["suite"]] = KnownSuite(record["name"], record["detail"], stages, record["note"])
+        else:
+            self._found[tuple(record["of"])] = _to_flags(record["correct"])
+
+    def _append(self, record: Mapping[str, Any]) -> None:
         if self._path is None:
             return
-        line = json.dumps({"of": of, "correct": "".join("01"[flag] for flag in correct.tolist())})
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def suite_key(suite: Suite, stage: Stage) -> tuple[str, str]:
-    """The names under which the outcome of a stage is noted; other parameters give another one."""
-    return f"{suite.name} {_digest(suite.detail)}", stage.name
-
-
-def batch_key(index: int, images: Tensor, labels: Tensor) -> str:
-    """The name under which the outcomes of a batch are noted; other images give another one."""
-    digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    for tensor in (images, labels):
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return f"{index} {digest.hexdigest()[:16]}"
-
-
-def model_digest(model: nn.Module) -> str:
-    """The first 16 hexadecimal digits of a SHA-256 over the structure and all the weights and buffers of a model."""
-    digest = hashlib.sha256(repr(model).encode())
-    for module in model.modules():  # what a module's repr does not say: the arguments of feature layers and of timm
-        digest.update(repr(getattr(module, "_model_args", "")).encode())
-        digest.update(repr(module.resolved_args() if isinstance(module, FeatureLayer) else "").encode())
-    tensors = [*model.named_parameters(), *model.named_buffers()]  # buffers that are not saved count too: mean, std
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def save_attacked(folder: Path, suite: str, index: int, images: Tensor, labels: Tensor) -> None:
-    """Keep a batch of attacked images (N, C, H, W) as float32, since rounding to 8 bits would change the attack."""
-    with staged(folder / _ATTACKED / _file_name(suite)) as scratch:
-        tensors = {"images": images.detach().float().cpu().contiguous(), "labels": labels.cpu()}
-        save_file(tensors, scratch / f"{index:06d}.safetensors", metadata={"suite": suite})
-
-
-def load_attacked(folder: Path, suite: str, index: int) -> Tensor | None:
-    """The images (N, C, H, W) that `save_attacked` kept of a batch, or None."""
-    path = folder / _ATTACKED / _file_name(suite) / f"{index:06d}.safetensors"
-    return _read_attacked(path)["images"] if path.is_file() else None
-
-
-def attacked_suites(folder: Path) -> list[str]:
-    """The folders' names of the suites whose attacked images were kept in the folder of an evaluation.
+def open_journal(
+    folder: str | Path | None, key: Mapping[str, Any], accelerator: Accelerator | None, *, overwrite: bool
+) -> Journal:
+    """The journal of this process; the main one opens its own first, as it may remove what the others would read.
 
     Raises:
-        FileNotFoundError: none were.
+        ValueError, OSError: see `Journal`; on every process.
     """
-    found = sorted(path.name for path in (folder / _ATTACKED).glob("*") if any(path.glob("*.safetensors")))
-    if not found:
-        raise FileNotFoundError(
-            f"{folder} holds no attacked images; give the --output folder of an evaluation with --save-images"
-        )
-    return found
+    path = None if folder is None else Path(folder)
+    first: list[Journal] = []
+    from_main(accelerator, lambda: first.append(Journal(path, key, overwrite=overwrite)))
+    if first:
+        return first[0]
+    assert accelerator is not None
+    return Journal(path, key, accelerator.process_index, overwrite=overwrite)
 
 
-def attacked_batches(folder: Path, suite: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The attacked images (N, C, H, W) and labels (N,) of a suite, batch by batch in their order."""
-    for path in sorted((folder / _ATTACKED / _file_name(suite)).glob("*.safetensors")):
-        tensors = _read_attacked(path)
-        yield tensors["images"], tensors["labels"]
-
-
-def _read_attacked(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); attack the images again") from error
+def suite_key(suite: Suite) -> str:
+    """The name under which the outcomes of a suite are noted; other parameters give another one."""
+    return f"{suite.name} {text_digest(suite.detail)}"
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -172,11 +172,3 @@ def _difference(found: Mapping[str, Any], key: Mapping[str, Any]) -> str:
 
 def _to_flags(text: str) -> Tensor:
     return torch.tensor([flag == "1" for flag in text], dtype=torch.bool)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _file_name(suite: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", suite)

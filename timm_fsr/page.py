@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,7 @@ def _model(entry: Entry) -> dict[str, Any]:
         "masks": _masks(report.evidence),
         "findings": report.evidence.get("findings", []),
         "examples": entry.examples,
+        "example_attack": _short(entry.examples.get("attack", "")),
         "classes": _classes(report),
         "calibration": _calibration(report),
         "corruptions": _corruptions(report),
@@ -105,12 +107,18 @@ def _row(report: Report, name: str) -> dict[str, Any]:
         before = flags
     return {
         "name": name.replace("_", " "),
-        "detail": report.attacks.get(name, ""),
+        "detail": _short(report.attacks.get(name, "")),
         "accuracy": report.worst_case if name == WORST_CASE else report.accuracy[name],
         "low": low,
         "high": high,
         "stages": stages,
     }
+
+
+def _short(detail: str) -> str:
+    """An attack written out, without what it leaves at None and without more digits than can be read."""
+    rounded = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4g}", detail)
+    return re.sub(r", \w+=None\b|\b\w+=None, ", "", rounded)
 
 
 def _curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -121,7 +129,8 @@ def _curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         radii = sorted({radius for _, found in with_eps for radius in found["eps"]})
         place = {radius: math.sqrt(radius) for radius in radii}  # small radii are many, large ones few
         lines = [Line(name, [place[r] for r in found["eps"]], found["accuracy"]) for name, found in with_eps]
-        ticks = [(place[radius], format_eps(radius)) for radius in radii]
+        norm = next(entry.report.norm for entry in entries if "eps" in entry.report.evidence)
+        ticks = [(place[radius], format_eps(radius, norm)) for radius in radii]
         chart = line_chart("Accuracy under PGD-50 over eps", lines, ticks, "eps (PGD-50), square-root scale")
         charts.append({"title": "A growing radius", "chart": chart, "text": "Accuracy has to fall to zero."})
     sentences = {
@@ -145,8 +154,8 @@ def _noise(evidence: Mapping[str, Any]) -> list[tuple[str, float]]:
         ("noise", "uniform"): "random points of the ball",
         ("noise", "corners"): "random points of its edge",
         ("noise", "pgd"): "PGD-20",
-        ("square", "white_box"): "APGD by two losses",
-        ("square", "after_square"): "APGD by two losses, then Square",
+        ("square", "white_box"): "every white-box attack of the evidence",
+        ("square", "after_square"): "these, then Square",
         ("noise_on", "clean"): "clean, with the layers' noise on",
         ("noise_on", "pgd_eot"): "PGD-20 through the noise, with the noise on",
     }

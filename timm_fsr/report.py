@@ -82,7 +82,7 @@ class Report:
     @property
     def threat(self) -> str:
         """The threat model in the field's notation: "Linf 8/255"."""
-        return f"{self.norm.capitalize()} {format_eps(self.eps)}"
+        return f"{self.norm.capitalize()} {format_eps(self.eps, self.norm)}"
 
     def per_class(self, name: str = WORST_CASE) -> list[float | None]:
         """Accuracy of each class under one attack, "clean" or all of them; None for a class without images.
@@ -182,10 +182,16 @@ class Report:
         return f"{', '.join(parts)}, worst case {100 * self.worst_case:.2f} % ({self.threat}, {self.count} images)"
 
 
-def format_eps(eps: float) -> str:
-    """`eps` as a fraction of 255 where it is one ("8/255"), else as a decimal."""
+def format_eps(eps: float, norm: str = "linf") -> str:
+    """A radius as the field writes it: in Linf as a fraction of 255 ("8/255"), elsewhere as a decimal ("0.5").
+
+    A Linf radius that is a short decimal ("0.1") stays one; of others the numerator is rounded ("6.25/255").
+    """
     scaled = eps * 255
-    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 and scaled >= 0.5 else f"{eps:g}"
+    whole = abs(scaled - round(scaled)) < 1e-6
+    if norm != "linf" or eps == 0 or (not whole and abs(eps - float(f"{eps:.3g}")) < 1e-12):
+        return f"{eps:.4g}"
+    return f"{round(scaled)}/255" if whole else f"{scaled:.3g}/255"
 
 
 def clopper_pearson(successes: int, count: int) -> tuple[float, float]:

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from timm_fsr.faults import UnsoundError
 from timm_fsr.layers import FeatureLayer, layer_class
 from timm_fsr.layers.base import Aux, check_layer_args
 from timm_fsr.layout import Layout, Size
 from timm_fsr.places import At, find_places
 
 Model = TypeVar("Model", bound=nn.Module)
-
 _SITES = "_timm_fsr_sites"  # attribute of a hooked module: the sites it serves
 _GROUPS = "_timm_fsr_groups"  # attribute of the module that first sees the image: whom to tell its size
 
@@ -114,7 +114,7 @@ class Tape(Mapping[str, SimpleNamespace]):
 
         Raises:
             ValueError: no labels, or auxiliary heads of another width than the logits.
-            RuntimeError: a site did not fire, or its layer would learn nothing from these losses.
+            UnsoundError: a site did not fire, or its layer would learn nothing from these losses.
         """
         labels = self.labels if labels is None else labels
         if labels is None:
@@ -130,15 +130,15 @@ class Tape(Mapping[str, SimpleNamespace]):
         return {name: torch.stack(values).mean() for name, values in terms.items()}
 
     def recorded(self) -> list[tuple[Site, Aux]]:
-        """Each site with its auxiliary tensors; RuntimeError as from `check_fired`."""
+        """Each site with its auxiliary tensors; UnsoundError as from `check_fired`."""
         self.check_fired()
         return list(self._aux.values())
 
     def check_fired(self) -> None:
-        """Raise RuntimeError, naming the remedy, when a site has not been heard since the tape began."""
+        """Raise UnsoundError, naming the remedy, when a site has not been heard since the tape began."""
         silent = [s for s in self._sites if f"{s.layer.name}.{s.name}" not in self._aux]
         if silent:
-            raise RuntimeError(
+            raise UnsoundError(
                 f"the {silent[0].layer.name} site at {silent[0].path!r} did not fire; run a forward pass inside "
                 "record(), and if a conversion (such as SyncBatchNorm's) replaced the module, call "
                 "timm_fsr.reattach(model) after it"
@@ -335,7 +335,7 @@ def _check_gradients(site: Site, losses: dict[str, Tensor]) -> None:
     """Refuse losses from which a layer that is being trained would silently learn nothing."""
     trains = any(parameter.requires_grad for parameter in site.layer.parameters())
     if trains and losses and not any(loss.requires_grad for loss in losses.values()):
-        raise RuntimeError(
+        raise UnsoundError(
             f"the auxiliary outputs of the {site.layer.name} site at {site.path!r} were recorded without gradients, "
             "as reentrant gradient checkpointing does; call timm.layers.set_reentrant_ckpt(False) and run it again"
         )

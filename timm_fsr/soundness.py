@@ -15,6 +15,8 @@ from timm_fsr.attacks import anchored, input_gradient
 from timm_fsr.pixels import check_images
 from timm_fsr.sites import Tape, layer_groups, record
 
+_OTHER = 1e-3  # of the largest logit: far more than rounding, far less than what other statistics do
+
 
 @dataclass(frozen=True)
 class Soundness:
@@ -26,6 +28,8 @@ class Soundness:
         dynamic: the forward pass computes gradients itself, so that its own gradient may mislead.
         zero_gradients: images whose loss has a gradient of exactly zero.
         auxiliary: its feature layers have auxiliary losses.
+        looked_at: the number of these images.
+        bounded: all logits lie in [0, 1].
     """
 
     num_classes: int
@@ -33,6 +37,8 @@ class Soundness:
     dynamic: bool
     zero_gradients: int
     auxiliary: bool = False
+    looked_at: int = 0
+    bounded: bool = False
 
     def notes(self) -> list[str]:
         """What a reader of the results has to know, as sentences."""
@@ -44,7 +50,15 @@ class Soundness:
         if self.dynamic:
             notes.append("the model computes gradients in its forward pass: gradient attacks may underestimate it")
         if self.zero_gradients:
-            notes.append("some images have a gradient of exactly zero: gradient attacks cannot move them")
+            notes.append(
+                f"{self.zero_gradients} of the first {self.looked_at} images have a gradient of exactly zero: gradient "
+                "attacks cannot move them"
+            )
+        if self.bounded:
+            notes.append(
+                "all logits lie in [0, 1], as probabilities do: if the model ends in a sigmoid, that hides gradients "
+                "from attacks; remove it and evaluate again"
+            )
         return notes
 
 
@@ -79,8 +93,9 @@ def examine(model: nn.Module, images: Tensor, labels: Tensor) -> Soundness:
 
     Raises:
         ValueError: the model does not return one row of finite logits per image but, for example, a tuple or
-            probabilities, has fewer than two classes, or does not know the labels.
-        RuntimeError: a feature layer that does not fire.
+            probabilities, has fewer than two classes, does not know the labels, or has no finite gradient; or what
+            it returns for an image depends on the images beside it.
+        UnsoundError: a feature layer that does not fire.
     """
     with record(model) as tape, _counting_gradients() as count:
         logits = model(images)
@@ -89,14 +104,39 @@ def examine(model: nn.Module, images: Tensor, labels: Tensor) -> Soundness:
     if layer_groups(model):
         tape.check_fired()
     again = model(images)
+    random = not torch.allclose(logits, again, rtol=1e-4, atol=1e-5)
+    if not random:
+        _check_company(model, images, logits)
     gradients = input_gradient(anchored(lambda x: F.cross_entropy(model(x), labels, reduction="none")), images)
+    check_gradients(gradients)
     return Soundness(
         num_classes=logits.shape[1],
-        random=not torch.allclose(logits, again, rtol=1e-4, atol=1e-5),
+        random=random,
         dynamic=count[0] > 0,
         zero_gradients=int((gradients.flatten(1) == 0).all(dim=1).sum()),
         auxiliary=_has_auxiliary(tape, logits, labels),
+        looked_at=len(images),
+        bounded=bool(((logits >= 0) & (logits <= 1)).all()),
     )
+
+
+def _check_company(model: nn.Module, images: Tensor, logits: Tensor) -> None:
+    """Raise ValueError where most images have other logits in other company, so that no outcome is an image's own.
+
+    The first half of the images is put in the place of the second: the shapes stay, so that rounding does too. Most,
+    not any: a step in a model may be on the edge of rounding.
+    """
+    half = len(images) // 2
+    if half == 0:
+        return
+    alone = model(images[torch.arange(len(images), device=images.device) % half])[:half]
+    change = (alone - logits[:half]).abs().amax(dim=1)
+    if float(change.median()) > _OTHER * float(logits.abs().max()):
+        raise ValueError(
+            "the model's logits for an image depend on the other images of the batch, so attacking one would change "
+            "the others; let BatchNorm use running statistics (track_running_stats=True) in eval mode, and normalise "
+            "within images"
+        )
 
 
 def _has_auxiliary(tape: Tape, logits: Tensor, labels: Tensor) -> bool:
@@ -134,6 +174,26 @@ def check_finite(logits: Tensor, kind: str) -> None:
     if not torch.isfinite(logits).all():
         raise ValueError(
             f"the model returned NaN or infinite logits for {kind} images; check its weights and its gradients"
+        )
+
+
+def check_gradients(gradients: Tensor) -> None:
+    """Raise ValueError for NaN or infinite gradients (N, ...): no attack can follow them, so all would look robust."""
+    broken = int((~torch.isfinite(gradients)).flatten(1).any(dim=1).sum())
+    if broken:
+        raise ValueError(
+            f"the gradient of the loss is NaN or infinite for {broken} of {len(gradients)} images, so attacks cannot "
+            "follow it and would call any model robust; look in the forward pass for roots and norms of zero and for "
+            "divisions, and add a small constant there"
+        )
+
+
+def check_attacked(attacked: Tensor, name: str) -> None:
+    """Raise ValueError for attacked images that are NaN, which attacks make of those whose gradient is."""
+    if not torch.isfinite(attacked).all():
+        raise ValueError(
+            f"the attack {name!r} gave NaN or infinite pixels, so the gradients that it follows are such; check the "
+            "model's weights, and its forward pass for divisions and for roots and norms of zero"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_fsr.adaptive import adaptive_stages, transfer_stage
 from timm_fsr.apgd import APGD
-from timm_fsr.attacks import FGSM, PGD, Attack, anchored
+from timm_fsr.attacks import FGSM, PGD, Attack, judged_loss
 from timm_fsr.autoattack import COMPONENTS, VERSIONS, Component, implementation, nonstandard, usable
 from timm_fsr.autoattack import NORMS as AUTOATTACK_NORMS
 from timm_fsr.layers.base import unknown
@@ -172,7 +172,7 @@ def _described(attack: Attack, loss: ImageLoss) -> tuple[Attack, ImageLoss, str]
 
 def _run(attack: Attack, loss: ImageLoss) -> Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]:
     def run(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        return attack(anchored(lambda x: loss(model(x), labels)), images, generator=generator)
+        return attack(judged_loss(model, loss, labels), images, generator=generator)
 
     return run
 
