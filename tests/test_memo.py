@@ -27,7 +27,7 @@ def test_once(tmp_path):
 
 
 def test_what_changes_outside_does_not_change_what_is_kept(tmp_path):
-    parts = Memo(tmp_path / "memo.json", KEY)
+    memo = Memo(tmp_path / "memo.json", KEY)
     memo.once("fog", lambda: {"a": [1]})["a"].append(2)
     assert memo.once("fog", dict) == {"a": [1]}
 

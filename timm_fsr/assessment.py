@@ -23,8 +23,8 @@ from timm_fsr.examples import draw_examples
 from timm_fsr.files import write_text
 from timm_fsr.hub import base_model
 from timm_fsr.inference import BATCH_SIZE, clean_logits
-from timm_fsr.page import Entry, render_page
 from timm_fsr.memo import Memo
+from timm_fsr.page import Entry, render_page
 from timm_fsr.report import Report
 
 REPORT, EXAMPLES, PAGE, MEMO = "report.json", "examples.json", "report.html", "memo.json"
