@@ -359,3 +359,54 @@ class TestChains:
         assert report.notes[-1] == (
             "in 'mine', Square broke 1 of 5 images (20.0 %) that the attacks before it missed: suspect masked gradients"
         )
+
+
+class TestReuse:
+    """A stage that may take over what the same attack did in a suite before its own."""
+
+    PAIR = TestChains.PAIR
+
+    def both(self, *, first_name: str = "square", **options: Any) -> tuple[Any, Fixed]:
+        """The report of two suites that end in the same attack, and what the second one ran itself."""
+        own = Fixed([], [])  # breaks nothing, so that what breaks has been taken over
+        suites = [
+            suite("one", ("other", Fixed([0], [])), (first_name, Fixed([1], [])), every_image=False),
+            Suite("two", (Stage("square", "Fixed([1])", own, reuse=True),)),
+        ]
+        return evaluate(Brightness(), self.PAIR, eps=1, attacks=suites, **options), own
+
+    def test_outcomes_are_taken_over_and_only_the_rest_is_attacked(self):
+        report, own = self.both()
+        # In "one" the first image is broken by "other", so that "square" never saw it and breaks the third.
+        assert report.correct["one"].tolist() == [False, True, False, True, False]
+        assert report.correct["two"].tolist() == [True, True, False, True, False]
+        assert len(own.seeds) == 1
+
+    @pytest.mark.parametrize("every_image", [True, False])
+    def test_nothing_is_run_where_all_is_known(self, every_image):
+        suites = [
+            suite("one", ("square", Fixed([1], [])), every_image=every_image),
+            Suite("two", (Stage("square", "Fixed([1])", own := Fixed([], []), reuse=True),)),
+        ]
+        report = evaluate(Brightness(), self.PAIR, eps=1, attacks=suites)
+        assert report.correct["one"].tolist() == [True, False, True, True, False]
+        assert report.correct["two"].tolist() == report.correct["one"].tolist()
+        assert own.seeds == []
+
+    def test_not_from_another_attack(self):
+        report, own = self.both(first_name="cube")
+        assert report.correct["two"].tolist() == [True, True, True, True, False]
+        assert len(own.seeds) == 1
+
+    def test_not_from_a_later_suite(self):
+        suites = [
+            Suite("two", (Stage("square", "Fixed([1])", own := Fixed([], []), reuse=True),)),
+            suite("one", ("square", Fixed([1], [])), every_image=False),
+        ]
+        report = evaluate(Brightness(), self.PAIR, eps=1, attacks=suites)
+        assert report.correct["two"].tolist() == report.correct["clean"].tolist()
+        assert len(own.seeds) == 1
+
+    def test_not_where_the_attacked_images_are_kept(self, tmp_path):
+        report, _ = self.both(folder=tmp_path, save_images=True)
+        assert report.correct["two"].tolist() == [True, True, True, True, False]

@@ -129,6 +129,12 @@ class TestNames:
         ]
         assert not suite.every_image
 
+    def test_adaptive_does_not_repeat_what_autoattack_has_done(self):
+        standard, adaptive = build_suites(["standard", "adaptive"], target())
+        assert [stage.name for stage in adaptive.stages if stage.reuse] == ["square"]
+        assert adaptive.stages[-1].detail == standard.stages[-1].detail
+        assert not any(stage.reuse for stage in standard.stages)  # the reference's result, whatever ran before
+
     def test_what_is_no_weak_attack(self):
         for name in EXPENSIVE:
             check_names([name], "linf", EPS)

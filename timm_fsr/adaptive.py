@@ -88,7 +88,7 @@ def adaptive_stages(
     for name, source in (sources or {}).items():
         stages.append(transfer_stage(name, source, attack, loss))
     square = Component("square", norm, eps, seed)
-    stages.append(Stage("square", repr(square), lambda m, x, y, _: square(m, x, y, classes)))
+    stages.append(Stage("square", repr(square), lambda m, x, y, _: square(m, x, y, classes), reuse=True))
     return tuple(stages)
 
 

@@ -240,7 +240,9 @@ class _Work:
             key = (batch, suite_key(suite), stage.name)
             known = self.journal.get(*key) if number <= usable else None
             if known is None:
-                chosen = correct.nonzero().flatten()
+                attacked_before, broken_before = self._same_attack(suite, stage, batch, clean)
+                correct &= ~broken_before
+                chosen = (correct & ~attacked_before).nonzero().flatten()
                 if len(chosen):
                     found = self._run(suite, stage, index, images[chosen], labels[chosen])
                     attacked[chosen] = found
@@ -251,11 +253,33 @@ class _Work:
                     save_attacked(self.folder, suite.name, index, result, of=of, stages=number)
                 self.journal.put(correct, *key)
             else:
-                correct = known.to(images.device)
+                correct = known.to(images.device, copy=True)
             flags[stage.name] = correct.clone()
             name, left = f"{suite.name}: {stage.name}", int((alive & correct).sum())
             self._show(Standing(self.standing.images, self.standing.robust, name, len(images), left))
         return flags
+
+    def _same_attack(self, suite: Suite, stage: Stage, batch: str, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) bool twice: the images that suites before attacked by this very stage, and those that it broke there.
+
+        Both are empty where the stage is to be run anew: as where attacked images are to be kept, which only the other
+        suite has.
+        """
+        attacked, broken = torch.zeros_like(clean), torch.zeros_like(clean)
+        if not stage.reuse or self.folder is not None:
+            return attacked, broken
+        for other in self.suites[: self.suites.index(suite)]:
+            before = torch.ones_like(clean) if other.every_image else clean
+            for one in other.stages:
+                known = self.journal.get(batch, suite_key(other), one.name)
+                if known is None:
+                    break
+                after = known.to(clean.device)
+                if (one.name, one.detail) == (stage.name, stage.detail):
+                    attacked |= before
+                    broken |= before & ~after
+                before = after
+        return attacked, broken
 
     def _attacked_so_far(self, suite: Suite, index: int, batch: str, images: Tensor) -> tuple[Tensor, int]:
         """The images as earlier stages left them, and of how many stages the journal's outcomes can be used.

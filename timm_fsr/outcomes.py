@@ -102,7 +102,7 @@ class Journal:
 
     def put(self, correct: Tensor, *of: str) -> None:
         """Note the flags (N,) of a batch, suite and stage; on the disk when this returns."""
-        self._found[of] = correct.cpu()
+        self._found[of] = correct.cpu().clone()  # the caller goes on with its own
         self._append({"of": of, "correct": "".join("01"[flag] for flag in correct.tolist())})
 
     def introduce(self, suite: Suite) -> None:

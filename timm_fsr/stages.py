@@ -20,11 +20,14 @@ class Stage:
         detail: what it does and with which parameters, for the report.
         run: maps (pixel-space model in eval mode with frozen parameters, images (N, C, H, W) in [0, 1], labels (N,),
             generator on the images' device) to adversarial images of the same shape, in [0, 1] and in the ball.
+        reuse: take over what the same attack, by name and detail, has done to an image in a suite before this one,
+            instead of repeating it.
     """
 
     name: str
     detail: str
     run: StageFunction
+    reuse: bool = False
 
 
 @dataclass(frozen=True)
