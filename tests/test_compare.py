@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import runpy
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import timm_fsr
+from timm_fsr import engine
 from timm_fsr.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "compare"
@@ -85,6 +87,23 @@ class TestRun:
         assert changed(finished) == before
         assert (finished / "comparison.md").read_text() == table
 
+    def test_an_objective_before_the_layer_is_compared_with_its_own_plain_network(self, tmp_path):
+        assert compare(tmp_path, "--methods", "none", "trades/none", "trades/sap", "mart/sap") == 0
+        recipes = {path.parent.parent.name: Recipe.load(path) for path in tmp_path.glob("*/training/recipe.yaml")}
+        assert {name: (recipe.objective.name, recipe.model.layer) for name, recipe in recipes.items()} == {
+            "none_own_0": ("at", None),
+            "trades-none_own_0": ("trades", None),
+            "trades-sap_own_0": ("trades", "sap"),
+            "mart-sap_own_0": ("mart", "sap"),
+        }
+        lines = [line.split("|") for line in (tmp_path / "comparison.md").read_text().splitlines()[2:]]
+        assert {line[1].strip(): "+" in line[8] for line in lines} == {
+            "none": False,
+            "trades/none": False,
+            "trades/sap": True,
+            "mart/sap": False,  # the plain network was not trained by MART
+        }
+
     def test_two_shells_share_the_work(self, tmp_path):
         methods = ["--methods", "none", "kwta"]
         assert compare(tmp_path, *methods, "--part=2/2") == 0
@@ -92,6 +111,56 @@ class TestRun:
         assert compare(tmp_path, *methods, "--part=1/2") == 0
         rows = json.loads((tmp_path / "comparison.json").read_text())
         assert [row["method"] for row in rows] == ["none", "kwta"]
+
+
+class TestTimeLimit:
+    """A training stops with what it has saved, an evaluation with its outcomes; the same command goes on."""
+
+    METHODS = ("--methods", "none", "--optim.epochs=3")
+
+    def result(self, folder: Path) -> tuple[dict[str, float], bytes]:
+        rows = json.loads((folder / "comparison.json").read_text())
+        return rows[0]["accuracy"], (folder / "none_own_0" / "training" / "best" / "model.safetensors").read_bytes()
+
+    def test_a_training_that_is_stopped_goes_on(self, tmp_path, capsys, monkeypatch):
+        assert compare(tmp_path / "whole", *self.METHODS) == 0
+        log_epoch = engine.log_epoch
+
+        def late(*args: Any) -> None:
+            log_epoch(*args)
+            signal.raise_signal(signal.SIGALRM)  # what the timer sends when the minutes are over
+
+        monkeypatch.setattr(engine, "log_epoch", late)
+        assert compare(tmp_path / "stopped", *self.METHODS, "--minutes=9") == 75
+        assert "the time is up" in capsys.readouterr().out
+        assert len((tmp_path / "stopped" / "none_own_0" / "training" / "metrics.jsonl").read_text().splitlines()) == 1
+        monkeypatch.setattr(engine, "log_epoch", log_epoch)
+        assert compare(tmp_path / "stopped", *self.METHODS, "--minutes=9") == 0
+        assert self.result(tmp_path / "stopped") == self.result(tmp_path / "whole")
+
+    def test_an_evaluation_that_is_stopped_goes_on(self, tmp_path, capsys, monkeypatch):
+        assert compare(tmp_path, *self.METHODS, "--attacks") == 0
+        before = changed(tmp_path)
+        judge = SCRIPT["judged"].__globals__
+        assess = judge["assess"]
+
+        def slow(*args: Any, **options: Any) -> Any:
+            signal.raise_signal(signal.SIGTERM)
+            return assess(*args, **options)
+
+        monkeypatch.setitem(judge, "assess", slow)
+        assert compare(tmp_path, *self.METHODS) == 75
+        assert "the time is up" in capsys.readouterr().out
+        monkeypatch.setitem(judge, "assess", assess)
+        assert compare(tmp_path, *self.METHODS) == 0
+        assert changed(tmp_path) == before
+        assert "pgd20" in json.loads((tmp_path / "comparison.json").read_text())[0]["accuracy"]
+
+    def test_handlers_are_put_back(self, tmp_path):
+        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
+        assert compare(tmp_path, "--methods", "none", "--minutes=9") == 0
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)] == before
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 class TestEntries:
@@ -121,6 +190,8 @@ class TestErrors:
             (["--methods", "fsr:hiden=4"], "did you mean 'hidden'"),
             (["--methods", "none", "--part=3/2"], "part"),
             (["--methods", "none", "--part=x"], "part"),
+            (["--methods", "none", "--minutes=0"], "leaves no time"),
+            (["--methods", "tradess/none"], "did you mean 'trades'"),
             (["--methods", "none", "--optim.epoch=3"], "epoch"),
             (["--methods", "none", "--attacks", "pdg2"], "unknown attack 'pdg2'"),
         ],
@@ -137,4 +208,4 @@ class TestErrors:
     def test_fine_tuning_is_no_method_of_its_own(self, tmp_path, capsys):
         with pytest.raises(SystemExit):
             compare(tmp_path, "--methods", "afd")
-        assert "fine-tuning" in capsys.readouterr().err
+        assert "--objective.name=afd" in capsys.readouterr().err

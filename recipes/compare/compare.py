@@ -4,16 +4,17 @@
     python recipes/compare/compare.py --config recipes/compare/cifar10.yaml --methods none fsr fsr:mode=separation cas
         --places own same --seeds 0 1 --images 1000 --output runs/compare --data.source=FOLDER --optim.epochs=12
 
-A method is "none" (the plain network), a feature layer, or one with arguments ("fsr:tau=1.0,noise=false"). "own" puts
-each layer where its paper does, "same" all of them behind the last stage. All else is the configuration's and equal
-for all: images, epochs, attack, optimizer, schedule, seeds, and the rule that keeps the checkpoint (PGD on held-out
-training images). Every model is then attacked on the same balanced test images; what counts is the worst case over all
-attacks.
-Terms that a layer's paper puts into the training attack come with the layer, and with their cost.
+A method is "none" (the plain network), a feature layer, or one with arguments ("fsr:tau=1.0,noise=false"), with the
+objective in front if it is not the configuration's ("trades/none", "trades/fsr"). "own" puts each layer where its paper
+does, "same" all of them behind the last stage. All else is the configuration's and equal for all: images, epochs,
+attack, optimizer, schedule, seeds, and the rule that keeps the checkpoint (PGD on held-out training images). Every
+model is then attacked on the same balanced test images; what counts is the worst case over all attacks. Terms that a
+layer's paper puts into the training attack come with the layer, and with their cost.
 
-Killed at any time, the same command goes on where it was; `--part 1/2` and `--part 2/2` in two shells share the work.
-The table is written after each model, from the models that are finished. "afd" is fine-tuning of a trained model and
-no such method: it needs `objective.name=afd` and `model.name=FOLDER`.
+Killed at any time, the same command goes on where it was; `--part 1/2` and `--part 2/2` in two shells share the work,
+and `--minutes` ends it by itself, with exit status 75 if something is left to do. The table is written after each
+model, from the models that are finished. "afd" is fine-tuning of a trained model and no such method: it needs
+`objective.name=afd` and `model.name=FOLDER`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ import dataclasses
 import json
 import math
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import timm
@@ -36,6 +40,7 @@ import yaml
 import timm_fsr
 from timm_fsr.assessment import assess
 from timm_fsr.data import ImageData
+from timm_fsr.engine import InterruptedRunError
 from timm_fsr.files import write_text
 from timm_fsr.layers import layer_class
 from timm_fsr.page import mcnemar
@@ -46,7 +51,21 @@ from timm_fsr.suites import check_names
 PLAIN, OWN, SAME = "none", "own", "same"
 SAME_PLACE = (-1,)
 NOT_TRAINED_FROM_SCRATCH = ("afd",)
-COLUMNS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack", "adaptive": "adaptive", WORST_CASE: "worst"}
+COLUMNS = {
+    "clean": "clean",
+    "pgd20": "PGD-20",
+    "pgd100": "PGD-100",
+    "cw30": "C&W",
+    "official-ensemble": "official Ensemble",
+    "autoattack": "AutoAttack",
+    "adaptive": "adaptive",
+    WORST_CASE: "worst",
+}
+UNFINISHED = 75  # what sysexits.h calls a temporary failure: to be tried again
+
+
+class TimeIsUpError(Exception):
+    """The minutes given are over, or SIGTERM came, outside of a training."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +83,15 @@ class Entry:
     seed: int
 
     @property
+    def objective(self) -> str | None:
+        """Name of the objective, if it is not the configuration's."""
+        return self.method.partition(":")[0].rpartition("/")[0] or None
+
+    @property
     def layer(self) -> str | None:
         """Name of the feature layer."""
-        return None if self.method == PLAIN else self.method.partition(":")[0]
+        name = self.method.partition(":")[0].rpartition("/")[2]
+        return None if name == PLAIN else name
 
     @property
     def layer_args(self) -> dict[str, Any]:
@@ -75,9 +100,14 @@ class Entry:
         return {key: yaml.safe_load(value) for key, _, value in pairs}
 
     @property
+    def plain(self) -> Entry:
+        """The same training of the plain network."""
+        return Entry(f"{self.objective}/{PLAIN}" if self.objective else PLAIN, OWN, self.seed)
+
+    @property
     def folder(self) -> str:
         """Name of the folder of its results."""
-        return "_".join([self.method.replace(":", "-").replace("=", "-").replace(",", "-"), self.place, str(self.seed)])
+        return "_".join([re.sub("[:=,/]", "-", self.method), self.place, str(self.seed)])
 
     def recipe(self, base: Recipe, output: Path) -> Recipe:
         """The configuration with this method's layer, place and seed."""
@@ -90,6 +120,8 @@ class Entry:
             model = dataclasses.replace(model, layer_args=args)
         if self.place == SAME:
             model = dataclasses.replace(model, at=list(SAME_PLACE))
+        if self.objective is not None:
+            base = dataclasses.replace(base, objective=dataclasses.replace(base.objective, name=self.objective))
         folder = str(output / self.folder / "training")
         return dataclasses.replace(base, model=model, seed=self.seed, output=folder, resume=True, overwrite=False)
 
@@ -133,6 +165,29 @@ def judged(entry: Entry, base: Recipe, args: argparse.Namespace) -> Report:
     )
 
 
+@contextmanager
+def time_limit(minutes: float | None) -> Iterator[None]:
+    """End what runs in it when the minutes are over or SIGTERM comes: a training saves first.
+
+    Raises:
+        TimeIsUpError: it ended outside of a training.
+        timm_fsr.engine.InterruptedRunError: it ended a training, which is saved.
+    """
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise TimeIsUpError
+
+    handlers = {signal.SIGTERM: end, signal.SIGALRM: lambda *_: signal.raise_signal(signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes if minutes else 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def row(entry: Entry, report: Report, args: argparse.Namespace) -> dict[str, Any]:
     """What the table and the plot show of one model."""
     training = args.output / entry.folder / "training"
@@ -149,6 +204,11 @@ def row(entry: Entry, report: Report, args: argparse.Namespace) -> dict[str, Any
     }
 
 
+def entry_of(one: dict[str, Any]) -> Entry:
+    """The model that a row of the table is about."""
+    return Entry(one["method"], one["place"], one["seed"])
+
+
 def table(rows: Sequence[dict[str, Any]], reports: dict[Entry, Report]) -> str:
     """Markdown: one line a model, with intervals and the images gained and lost against the plain network."""
     names = [name for name in COLUMNS if name in rows[0]["accuracy"]]
@@ -162,14 +222,13 @@ def table(rows: Sequence[dict[str, Any]], reports: dict[Entry, Report]) -> str:
         "parameters",
     ]
     lines = ["| " + " | ".join([*head, "training time"]) + " |", "| " + " | ".join(["---"] * (len(head) + 1)) + " |"]
-    plain = {one["seed"]: one for one in rows if one["method"] == PLAIN}
-    for one in rows:
-        entry = Entry(one["method"], one["place"], one["seed"])
+    known = {entry_of(one): one for one in rows}
+    for entry, one in known.items():
         low, high = (100 * bound for bound in one["interval_95"])
-        base = plain.get(one["seed"])
+        base = known.get(entry.plain)
         against, time = "", f"{one['training_seconds']:.0f} s"
         if base is not None and base is not one:
-            gained, lost, more = mcnemar(reports[Entry(PLAIN, OWN, one["seed"])], reports[entry], WORST_CASE)
+            gained, lost, more = mcnemar(reports[entry.plain], reports[entry], WORST_CASE)
             against = f"+{gained} -{lost}" + ("" if more else " (chance)")
             time = f"{one['training_seconds'] / base['training_seconds']:.2f} x"
         shares = [f"{100 * one['accuracy'][name]:.1f} %" for name in names]
@@ -185,19 +244,19 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     except ModuleNotFoundError:
         print('no plot: matplotlib is not installed; pip install "timm-fsr[report]"')
         return
-    plain = {one["seed"]: one["training_seconds"] for one in rows if one["method"] == PLAIN}
+    seconds = {entry_of(one): one["training_seconds"] for one in rows}
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     labels = list(dict.fromkeys((one["method"], one["place"]) for one in rows))
     for index, (method, place) in enumerate(labels):
         mine = [one for one in rows if (one["method"], one["place"]) == (method, place)]
-        cost = [one["training_seconds"] / plain.get(one["seed"], math.nan) for one in mine]
+        cost = [one["training_seconds"] / seconds.get(entry_of(one).plain, math.nan) for one in mine]
         robust = [100 * one["accuracy"][WORST_CASE] for one in mine]
         errors = [
             [100 * abs(one["accuracy"][WORST_CASE] - one["interval_95"][side]) for one in mine] for side in (0, 1)
         ]
         marker = {OWN: "o", SAME: "s"}[place]
-        name = method if method == PLAIN else f"{method}, {place} place"
+        name = method if entry_of(mine[0]).layer is None else f"{method}, {place} place"
         axes.errorbar(cost, robust, yerr=errors, fmt=marker, color=f"C{index % 10}", capsize=3, label=name)
     axes.set_xlabel("training time, relative to the plain network")
     axes.set_ylabel("worst-case robust accuracy, % (95 % interval)")
@@ -230,44 +289,68 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     options.add_argument("--places", nargs="+", default=[OWN], choices=(OWN, SAME))
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     options.add_argument("--images", type=int, default=1000, help="balanced test images that are attacked")
-    options.add_argument("--attacks", nargs="+", default=["pgd20", "standard", "adaptive"])
+    options.add_argument("--attacks", nargs="*", default=["pgd20", "standard", "adaptive"])
     options.add_argument("--output", type=Path, help="folder of the results; default: the configuration's")
     options.add_argument("--part", default="1/1", help="this shell's share of the models, such as 1/2")
+    options.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args, rest = options.parse_known_args(arguments)
     share = re.fullmatch(r"(\d+)/(\d+)", args.part)
     if share is None or not 1 <= int(share[1]) <= int(share[2]):
         options.error(f"--part={args.part} is no share of the work; write 1/2 in one shell and 2/2 in another")
     args.share, args.shares = int(share[1]), int(share[2])
+    if args.minutes is not None and args.minutes <= 0:
+        options.error(f"--minutes={args.minutes} leaves no time; give more than 0, or leave it out")
     for method in args.methods:
-        name = method.partition(":")[0]
-        if name in NOT_TRAINED_FROM_SCRATCH:
-            options.error(f"{name} is fine-tuning of a trained model; train it by --objective.name=afd and evaluate it")
-        if name != PLAIN:
-            layer_class(name)
+        entry = Entry(method, OWN, 0)
+        for name in (entry.layer, entry.objective):
+            if name in NOT_TRAINED_FROM_SCRATCH:
+                options.error(f"{name} fine-tunes a trained model; train it by --objective.name={name} and evaluate it")
+        if entry.layer is not None:
+            layer_class(entry.layer)
     return args, rest
 
 
+def compare(base: Recipe, args: argparse.Namespace) -> dict[Entry, Report]:
+    """Train and attack what is not yet finished, draw what is, and return it.
+
+    Raises:
+        ValueError: something in the recipe cannot work with a method; raised before any is trained.
+        TimeIsUpError, timm_fsr.engine.InterruptedRunError: see `time_limit`; what is finished is drawn.
+    """
+    check_names(args.attacks, base.attack.norm, base.attack.eps, sources=False)
+    wanted = list(dict.fromkeys(entries(args.methods, args.places, args.seeds)))
+    for entry in wanted:  # all of them before the first is trained
+        entry.recipe(base, args.output).check()
+    found: dict[Entry, Report] = {}
+    drawn = 0
+    try:
+        with time_limit(args.minutes):
+            for index, entry in enumerate(wanted):
+                report = args.output / entry.folder / "evaluation" / "report.json"
+                if index % args.shares == args.share - 1:
+                    print(f"== {entry.method}, {entry.place} place, seed {entry.seed}", flush=True)
+                    found[entry] = judged(entry, base, args)
+                    render(found, args)
+                    drawn = len(found)
+                elif report.exists():
+                    found[entry] = Report.load(report)
+    finally:
+        if len(found) > drawn:  # models of the other parts
+            render(found, args)
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Train and attack what is not yet finished, then draw what is."""
+    """Train, attack and draw; 0 if all is done, 75 if the time was up before, 2 if it cannot work."""
     try:
         args, overrides = parse_args(arguments)
         base = Recipe.load(args.config, overrides)
         args.output = args.output or base.folder
-        check_names(args.attacks, base.attack.norm, base.attack.eps, sources=False)
-        wanted = list(dict.fromkeys(entries(args.methods, args.places, args.seeds)))
-        for entry in wanted:  # all of them before the first is trained
-            entry.recipe(base, args.output).check()
-        found: dict[Entry, Report] = {}
-        for index, entry in enumerate(wanted):
-            report = args.output / entry.folder / "evaluation" / "report.json"
-            if index % args.shares == args.share - 1:
-                print(f"== {entry.method}, {entry.place} place, seed {entry.seed}", flush=True)
-                found[entry] = judged(entry, base, args)
-                render(found, args)
-            elif report.exists():
-                found[entry] = Report.load(report)
-        render(found, args)
+        compare(base, args)
+    except (TimeIsUpError, InterruptedRunError):
+        print("the time is up; the same command goes on from here", flush=True)
+        return UNFINISHED
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
