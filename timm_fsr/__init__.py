@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from timm_fsr.recipe import Recipe
     from timm_fsr.report import Report
     from timm_fsr.rescoring import rescore
+    from timm_fsr.rounding import round_weights
 
 _LATER = {
     "ImageData": "data",
@@ -45,6 +46,7 @@ _LATER = {
     "push_to_hub": "publishing",
     "register_alias": "leaderboard",
     "rescore": "rescoring",
+    "round_weights": "rounding",
     "save_pretrained": "hub",
     "train": "engine",
 }
@@ -88,6 +90,7 @@ __all__ = [
     "register_pretrained",
     "register_variants",
     "rescore",
+    "round_weights",
     "save_pretrained",
     "train",
 ]

@@ -28,6 +28,7 @@ from timm_fsr.pixels import PixelModel
 from timm_fsr.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.remote import explained
 from timm_fsr.report import Report
+from timm_fsr.rounding import halved
 from timm_fsr.sites import layer_groups
 from timm_fsr.version import __version__
 from timm_fsr.weights import (
@@ -54,6 +55,7 @@ def save_pretrained(
     *,
     report: Report | None = None,
     recipe: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Save a model as `config.json` and `model.safetensors`, with every feature-layer argument written out.
 
@@ -63,12 +65,14 @@ def save_pretrained(
         report: written beside them as `report.json`; without one, an older one there is removed. So is an older model
             card: it is about other weights.
         recipe: how it was trained, written as `recipe.yaml`; None takes the one that the report of a training run has.
+        dtype: torch.float16 or torch.bfloat16 stores matrices and kernels in it, after `timm_fsr.round_weights`; they
+            are float32 again when loaded.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: `timm.create_model` could not rebuild the model from its configuration.
+        ValueError: `timm.create_model` could not rebuild the model from its configuration, or `dtype` would change it.
         OSError: the disk is full or the folder is not writable; what was there before is untouched.
     """
     model = base_model(model)
@@ -79,8 +83,11 @@ def save_pretrained(
     try:
         model._model_args = arguments  # type: ignore[assignment]
         with staged(folder) as scratch:
-            save_file(_plain_tensors(model), scratch / WEIGHTS)
-            record = make_record(scratch / WEIGHTS)
+            tensors = _plain_tensors(model)
+            save_file(tensors if dtype is None else halved(tensors, dtype), scratch / WEIGHTS)
+            record = make_record(
+                scratch / WEIGHTS, None if dtype is None else hashlib.sha256(save(tensors)).hexdigest()
+            )
             save_config_for_hf(model, str(scratch / CONFIG), model_config={RECORD: record})
             shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
             if report is not None:
@@ -195,7 +202,7 @@ def resolve(name: str) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the `model.safetensors` that `save_pretrained` would write of it."""
+    """SHA-256 of the `model.safetensors` that `save_pretrained` would write of it, in its own precision."""
     return hashlib.sha256(save(_plain_tensors(base_model(model)))).hexdigest()
 
 

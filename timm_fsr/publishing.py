@@ -24,7 +24,7 @@ from timm_fsr.parts import Parts, read_parts
 from timm_fsr.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.remote import explained, retried
 from timm_fsr.report import Report
-from timm_fsr.weights import CONFIG, RECORD, WEIGHTS
+from timm_fsr.weights import CONFIG, RECORD, WEIGHTS, values_digest
 
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, REPORT)
 
@@ -194,7 +194,7 @@ def collect(
 def _check_same_weights(parts: Parts, folder: Path) -> None:
     """Refuse a report that is about other weights, which would be a false promise."""
     judged = parts.report.conditions.get("weights_sha256")
-    saved = parts.config.get(RECORD, {}).get("sha256")
+    saved = values_digest(parts.config)
     if judged is None or saved is None:
         what = REPORT if judged is None else CONFIG
         raise ValueError(
