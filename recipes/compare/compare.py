@@ -147,13 +147,9 @@ def judged(entry: Entry, base: Recipe, args: argparse.Namespace) -> Report:
     if not done:
         timm_fsr.train(recipe)
     model: Any = timm.create_model(f"local-dir:{recipe.folder / 'best'}", pretrained=True)
-    classes = model.pretrained_cfg["label_names"]
-    test = dataclasses.replace(base.data, limit_test=args.images).build_test(classes, progress=False)
-    if not isinstance(test, ImageData):
-        raise ValueError("the comparison needs its test images in memory; leave out data.streamed")
     return assess(
         model.to(args.device),
-        test,
+        test_images(model, base, args),
         args.output / entry.folder / "evaluation",
         norm=base.attack.norm,
         eps=base.attack.eps,
@@ -165,13 +161,22 @@ def judged(entry: Entry, base: Recipe, args: argparse.Namespace) -> Report:
     )
 
 
+def test_images(model: Any, base: Recipe, args: argparse.Namespace) -> ImageData:
+    """The balanced test images that every model is attacked on."""
+    classes = model.pretrained_cfg["label_names"]
+    test = dataclasses.replace(base.data, limit_test=args.images).build_test(classes, progress=False)
+    if not isinstance(test, ImageData):
+        raise ValueError("the comparison needs its test images in memory; leave out data.streamed")
+    return test
+
+
 @contextmanager
 def time_limit(minutes: float | None) -> Iterator[None]:
     """End what runs in it when the minutes are over or SIGTERM comes: a training saves first.
 
     Raises:
         TimeIsUpError: it ended outside of a training.
-        timm_fsr.engine.InterruptedRunError: it ended a training, which is saved.
+        InterruptedRunError: it ended a training, which is saved.
     """
 
     def end(_number: int, _frame: FrameType | None) -> None:
@@ -276,14 +281,10 @@ def render(found: dict[Entry, Report], args: argparse.Namespace) -> None:
     print(f"\n{text}", flush=True)
 
 
-def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The script's own options, and what is left for the configuration.
-
-    Raises:
-        SystemExit: an option that cannot work.
-    """
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a comparison."""
     own = [name for name in timm_fsr.list_layers() if name not in NOT_TRAINED_FROM_SCRATCH]
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--config", required=True, help="what all methods have in common")
     options.add_argument("--methods", nargs="+", default=[PLAIN, *own], help="default: none and every layer")
     options.add_argument("--places", nargs="+", default=[OWN], choices=(OWN, SAME))
@@ -294,6 +295,15 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     options.add_argument("--part", default="1/1", help="this shell's share of the models, such as 1/2")
     options.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return options
+
+
+def parse_args(options: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The script's own options, and what is left for the configuration.
+
+    Raises:
+        SystemExit: an option that cannot work.
+    """
     args, rest = options.parse_known_args(arguments)
     share = re.fullmatch(r"(\d+)/(\d+)", args.part)
     if share is None or not 1 <= int(share[1]) <= int(share[2]):
@@ -316,7 +326,7 @@ def compare(base: Recipe, args: argparse.Namespace) -> dict[Entry, Report]:
 
     Raises:
         ValueError: something in the recipe cannot work with a method; raised before any is trained.
-        TimeIsUpError, timm_fsr.engine.InterruptedRunError: see `time_limit`; what is finished is drawn.
+        TimeIsUpError, InterruptedRunError: see `time_limit`; what is finished is drawn.
     """
     check_names(args.attacks, base.attack.norm, base.attack.eps, sources=False)
     wanted = list(dict.fromkeys(entries(args.methods, args.places, args.seeds)))
@@ -325,16 +335,15 @@ def compare(base: Recipe, args: argparse.Namespace) -> dict[Entry, Report]:
     found: dict[Entry, Report] = {}
     drawn = 0
     try:
-        with time_limit(args.minutes):
-            for index, entry in enumerate(wanted):
-                report = args.output / entry.folder / "evaluation" / "report.json"
-                if index % args.shares == args.share - 1:
-                    print(f"== {entry.method}, {entry.place} place, seed {entry.seed}", flush=True)
-                    found[entry] = judged(entry, base, args)
-                    render(found, args)
-                    drawn = len(found)
-                elif report.exists():
-                    found[entry] = Report.load(report)
+        for index, entry in enumerate(wanted):
+            report = args.output / entry.folder / "evaluation" / "report.json"
+            if index % args.shares == args.share - 1:
+                print(f"== {entry.method}, {entry.place} place, seed {entry.seed}", flush=True)
+                found[entry] = judged(entry, base, args)
+                render(found, args)
+                drawn = len(found)
+            elif report.exists():
+                found[entry] = Report.load(report)
     finally:
         if len(found) > drawn:  # models of the other parts
             render(found, args)
@@ -344,10 +353,11 @@ def compare(base: Recipe, args: argparse.Namespace) -> dict[Entry, Report]:
 def main(arguments: Sequence[str]) -> int:
     """Train, attack and draw; 0 if all is done, 75 if the time was up before, 2 if it cannot work."""
     try:
-        args, overrides = parse_args(arguments)
+        args, overrides = parse_args(parser(__doc__), arguments)
         base = Recipe.load(args.config, overrides)
         args.output = args.output or base.folder
-        compare(base, args)
+        with time_limit(args.minutes):
+            compare(base, args)
     except (TimeIsUpError, InterruptedRunError):
         print("the time is up; the same command goes on from here", flush=True)
         return UNFINISHED
