@@ -112,6 +112,15 @@ class TestRun:
         rows = json.loads((tmp_path / "comparison.json").read_text())
         assert [row["method"] for row in rows] == ["none", "kwta"]
 
+    def test_what_another_shell_has_not_attacked_by_all_yet_is_left_out(self, tmp_path):
+        methods = ["--methods", "none", "kwta"]
+        assert compare(tmp_path, *methods, "--part=2/2", "--attacks", "fgsm") == 0
+        assert compare(tmp_path, *methods, "--part=1/2", "--attacks", "fgsm", "pgd20") == 0
+        assert [row["method"] for row in json.loads((tmp_path / "comparison.json").read_text())] == ["none"]
+        assert compare(tmp_path, *methods, "--part=1/2", "--attacks", "fgsm") == 0  # with "pgd20" on one of them
+        assert [row["method"] for row in json.loads((tmp_path / "comparison.json").read_text())] == ["none", "kwta"]
+        assert "PGD-20" not in (tmp_path / "comparison.md").read_text()
+
 
 class TestTimeLimit:
     """A training stops with what it has saved, an evaluation with its outcomes; the same command goes on."""

@@ -46,7 +46,7 @@ from timm_fsr.layers import layer_class
 from timm_fsr.page import mcnemar
 from timm_fsr.recipe import Recipe
 from timm_fsr.report import WORST_CASE, Report
-from timm_fsr.suites import check_names
+from timm_fsr.suites import check_names, expand_names
 
 PLAIN, OWN, SAME = "none", "own", "same"
 SAME_PLACE = (-1,)
@@ -193,6 +193,11 @@ def time_limit(minutes: float | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def is_whole(report: Report, attacks: Sequence[str]) -> bool:
+    """Whether a report has the outcomes of all these attacks, so that its worst case can be set beside others."""
+    return set(expand_names(attacks)) <= set(report.correct)
+
+
 def row(entry: Entry, report: Report, args: argparse.Namespace) -> dict[str, Any]:
     """What the table and the plot show of one model."""
     training = args.output / entry.folder / "training"
@@ -216,7 +221,7 @@ def entry_of(one: dict[str, Any]) -> Entry:
 
 def table(rows: Sequence[dict[str, Any]], reports: dict[Entry, Report]) -> str:
     """Markdown: one line a model, with intervals and the images gained and lost against the plain network."""
-    names = [name for name in COLUMNS if name in rows[0]["accuracy"]]
+    names = [name for name in COLUMNS if all(name in one["accuracy"] for one in rows)]
     head = [
         "method",
         "place",
@@ -342,8 +347,8 @@ def compare(base: Recipe, args: argparse.Namespace) -> dict[Entry, Report]:
                 found[entry] = judged(entry, base, args)
                 render(found, args)
                 drawn = len(found)
-            elif report.exists():
-                found[entry] = Report.load(report)
+            elif report.exists() and is_whole(known := Report.load(report), args.attacks):
+                found[entry] = known
     finally:
         if len(found) > drawn:  # models of the other parts
             render(found, args)
