@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import runpy
+import shlex
 import sys
 import tarfile
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 import timm_fsr
 from timm_fsr.publishing import collect
+from timm_fsr.recipe import Recipe
 from timm_fsr.report import Report
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -171,6 +173,19 @@ class TestSpeed:
         assert parsed["profile_step"].precision == "bf16"
         assert {args.compile for args in parsed.values()} == {"inductor"}
         assert {args.batch for args in parsed.values()} == {50}
+
+
+def test_the_documented_commands_are_accepted(script, tmp_path):
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python recipes/checkpoints\.py (--.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        words = [word.replace("recipes/", f"{FOLDER}/") for word in shlex.split(command)]
+        args, overrides = script["parse_args"](script["options"](), words)
+        base = Recipe.load(args.config, overrides)
+        script["check"](args, base)
+        for entry in script["compare"].__globals__["entries"](args.methods, args.places, args.seeds):
+            entry.recipe(base, tmp_path).check()
 
 
 class TestErrors:
