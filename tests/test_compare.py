@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import timm_fsr
 from timm_fsr import engine
 from timm_fsr.recipe import Recipe
+from timm_fsr.report import Report
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "compare"
 SCRIPT: dict[str, Any] = runpy.run_path(str(FOLDER / "compare.py"))
@@ -42,6 +44,11 @@ def changed(output: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in output.rglob("model.safetensors")}
 
 
+def each_model(output: Path) -> list[str]:
+    """The lines of the table that has one for each model."""
+    return (output / "comparison.md").read_text().split("Each model:\n\n")[1].splitlines()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("compare")
@@ -64,12 +71,36 @@ class TestRun:
             assert row["training_seconds"] > 0
 
     def test_the_table_has_a_line_for_each_with_what_it_gained_and_lost(self, finished):
-        lines = (finished / "comparison.md").read_text().splitlines()
+        lines = each_model(finished)
         assert len(lines) == 2 + 4
         assert lines[0].startswith("| method | place | seed | clean | PGD-20 | worst | 95 % interval | against none |")
         assert " x |" in lines[3]
         assert "+" in lines[3].split("|")[8]
         assert (finished / "comparison.png").stat().st_size > 1000
+
+    def test_seeds_are_put_together_and_the_best_worst_case_comes_first(self):
+        def report(*correct: bool) -> Report:
+            flags = torch.tensor(correct)
+            return Report(
+                correct={"clean": torch.ones_like(flags), "pgd20": flags}, attacks={}, norm="linf", eps=0.1, seed=0
+            )
+
+        def row(entry: Any, seconds: float) -> dict[str, Any]:
+            accuracy = {"clean": 1.0, "pgd20": reports[entry].worst_case, "worst_case": reports[entry].worst_case}
+            return {**dataclasses.asdict(entry), "accuracy": accuracy, "training_seconds": seconds}
+
+        few, most = [True] * 10 + [False] * 10, [True] * 18 + [False] * 2
+        reports = {
+            Entry("none", "own", 0): report(*few),
+            Entry("none", "own", 1): report(*few),
+            Entry("cas", "own", 0): report(*most),
+            Entry("cas", "own", 1): report(*few),
+        }
+        text = SCRIPT["summary"]([row(entry, 10.0 + 5 * (entry.method == "cas")) for entry in reports], reports)
+        head, _, first, second = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+        assert head[3:6] == ["clean", "PGD-20", "worst"]
+        assert first == ["cas", "own", "0, 1", "100.0 %", "70.0 %", "70.0 %", "+40.0, +0.0", "1 of 2", "1.50 x"]
+        assert second == ["none", "own", "0, 1", "100.0 %", "50.0 %", "50.0 %", "", "", ""]
 
     def test_each_has_its_own_layer_and_all_else_in_common(self, finished):
         recipes = {path.parent.parent.name: Recipe.load(path) for path in finished.glob("*/training/recipe.yaml")}
@@ -96,7 +127,7 @@ class TestRun:
             "trades-sap_own_0": ("trades", "sap"),
             "mart-sap_own_0": ("mart", "sap"),
         }
-        lines = [line.split("|") for line in (tmp_path / "comparison.md").read_text().splitlines()[2:]]
+        lines = [line.split("|") for line in each_model(tmp_path)[2:]]
         assert {line[1].strip(): "+" in line[8] for line in lines} == {
             "none": False,
             "trades/none": False,

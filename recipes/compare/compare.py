@@ -25,6 +25,7 @@ import json
 import math
 import re
 import signal
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -221,17 +222,8 @@ def entry_of(one: dict[str, Any]) -> Entry:
 
 def table(rows: Sequence[dict[str, Any]], reports: dict[Entry, Report]) -> str:
     """Markdown: one line a model, with intervals and the images gained and lost against the plain network."""
-    names = [name for name in COLUMNS if all(name in one["accuracy"] for one in rows)]
-    head = [
-        "method",
-        "place",
-        "seed",
-        *(COLUMNS[name] for name in names),
-        "95 % interval",
-        "against none",
-        "parameters",
-    ]
-    lines = ["| " + " | ".join([*head, "training time"]) + " |", "| " + " | ".join(["---"] * (len(head) + 1)) + " |"]
+    names = columns(rows)
+    lines = []
     known = {entry_of(one): one for one in rows}
     for entry, one in known.items():
         low, high = (100 * bound for bound in one["interval_95"])
@@ -243,8 +235,41 @@ def table(rows: Sequence[dict[str, Any]], reports: dict[Entry, Report]) -> str:
             time = f"{one['training_seconds'] / base['training_seconds']:.2f} x"
         shares = [f"{100 * one['accuracy'][name]:.1f} %" for name in names]
         cells = [one["method"], one["place"], str(one["seed"]), *shares, f"{low:.1f} to {high:.1f}", against]
-        lines.append("| " + " | ".join([*cells, f"{one['parameters'] / 1e6:.3f} M", time]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, f"{one['parameters'] / 1e6:.3f} M", time])
+    head = ["method", "place", "seed", *(COLUMNS[name] for name in names), "95 % interval", "against none"]
+    return markdown([*head, "parameters", "training time"], lines)
+
+
+def summary(rows: Sequence[dict[str, Any]], reports: dict[Entry, Report]) -> str:
+    """Markdown: one line a method and place, means over its seeds, the best worst case first."""
+    names = columns(rows)
+    known = {entry_of(one): one for one in rows}
+    found = []
+    for method, place in dict.fromkeys((one["method"], one["place"]) for one in rows):
+        mine = {entry: one for entry, one in known.items() if (entry.method, entry.place) == (method, place)}
+        means = {name: statistics.mean(one["accuracy"][name] for one in mine.values()) for name in names}
+        pairs = [entry for entry in mine if entry.plain in known and entry != entry.plain]
+        points = [reports[entry].worst_case - reports[entry.plain].worst_case for entry in pairs]
+        beyond = sum(mcnemar(reports[entry.plain], reports[entry], WORST_CASE)[2] for entry in pairs)
+        times = [known[entry]["training_seconds"] / known[entry.plain]["training_seconds"] for entry in pairs]
+        cells = [method, place, ", ".join(str(entry.seed) for entry in mine)]
+        cells += [f"{100 * means[name]:.1f} %" for name in names]
+        cells += [", ".join(f"{100 * point:+.1f}" for point in points), f"{beyond} of {len(pairs)}" if pairs else ""]
+        cells += [f"{statistics.mean(times):.2f} x" if times else ""]
+        found.append((means[WORST_CASE], cells))
+    found.sort(key=lambda pair: -pair[0])
+    head = ["method", "place", "seeds", *(COLUMNS[name] for name in names), "points of the worst case against none"]
+    return markdown([*head, "more than chance", "training time"], [cells for _, cells in found])
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What every model has been judged by."""
+    return [name for name in COLUMNS if all(name in one["accuracy"] for one in rows)]
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, ["---"] * len(head), *lines))
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -262,9 +287,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         mine = [one for one in rows if (one["method"], one["place"]) == (method, place)]
         cost = [one["training_seconds"] / seconds.get(entry_of(one).plain, math.nan) for one in mine]
         robust = [100 * one["accuracy"][WORST_CASE] for one in mine]
-        errors = [
-            [100 * abs(one["accuracy"][WORST_CASE] - one["interval_95"][side]) for one in mine] for side in (0, 1)
-        ]
+        bounds = [[100 * one["interval_95"][side] for one in mine] for side in (0, 1)]
+        errors = [[abs(bound - value) for bound, value in zip(side, robust, strict=True)] for side in bounds]
         marker = {OWN: "o", SAME: "s"}[place]
         name = method if entry_of(mine[0]).layer is None else f"{method}, {place} place"
         axes.errorbar(cost, robust, yerr=errors, fmt=marker, color=f"C{index % 10}", capsize=3, label=name)
@@ -279,7 +303,7 @@ def render(found: dict[Entry, Report], args: argparse.Namespace) -> None:
     """Write `comparison.json`, `comparison.md` and `comparison.png` of the models that are finished."""
     rows = [row(entry, report, args) for entry, report in found.items()]
     rows.sort(key=lambda one: (args.methods.index(one["method"]), one["place"], one["seed"]))
-    text = table(rows, found)
+    text = f"{summary(rows, found)}\nEach model:\n\n{table(rows, found)}"
     write_text(args.output / "comparison.json", json.dumps(rows, indent=1) + "\n")
     write_text(args.output / "comparison.md", text)
     plot(rows, args.output / "comparison.png")
