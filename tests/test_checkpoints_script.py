@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -21,22 +22,26 @@ from timm_fsr.publishing import collect
 from timm_fsr.recipe import Recipe
 from timm_fsr.report import Report
 
-FOLDER = Path(__file__).parent.parent / "recipes"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "recipes" / "compare"
 NAME = "resnet_tiny_cifar_fsr.at_toys"
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    sys.path.insert(0, str(FOLDER))  # as `python recipes/checkpoints.py` does
+    sys.path.insert(0, str(FOLDER))  # as `python recipes/compare/checkpoints.py` does
     try:
         return runpy.run_path(str(FOLDER / "checkpoints.py"))
     finally:
         sys.path.remove(str(FOLDER))
 
 
+MORE = ["--methods", "none", "fsr", "--seeds", "0", "1", "--release", "fsr", "--note=Toys."]
+
+
 def flags(output: Path) -> list[str]:
     return [
-        f"--config={FOLDER / 'fashion_mnist_quickstart.yaml'}",
+        f"--config={ROOT / 'recipes' / 'fashion_mnist_quickstart.yaml'}",
         "--methods=none",
         "--images=20",
         "--attacks=pgd20",
@@ -59,8 +64,7 @@ def times(folder: Path) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def finished(script, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("checkpoints")
-    more = ["--methods", "none", "fsr", "--seeds", "0", "1", "--release", "fsr", "--note=Toys.", "--pack=0.5"]
-    assert script["main"]([*flags(output), *more]) == 0
+    assert script["main"]([*flags(output), *MORE, "--pack=0.5"]) == 0
     return output
 
 
@@ -85,7 +89,9 @@ class TestRelease:
         assert str(finished) not in "".join(content.decode(errors="ignore") for content in files.values())
 
     def test_it_is_the_model_that_the_held_out_images_prefer(self, finished):
-        facts = json.loads((finished / "hub" / NAME / "release.json").read_text())
+        facts = json.loads((finished / "hub" / NAME / "release.json").read_text())["asked"]
+        card = (finished / "hub" / NAME / "README.md").read_text()
+        assert f"Of the trainings with the seeds 0, 1, this is the one (seed {facts['seed']})" in card
 
         def held_out(seed: int) -> tuple[float, float]:
             line = json.loads((finished / f"fsr_own_{seed}" / "training" / "metrics.jsonl").read_text())
@@ -97,7 +103,7 @@ class TestRelease:
         folder = finished / "hub" / NAME
         facts, report = json.loads((folder / "release.json").read_text()), Report.load(folder / "report.json")
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        best = finished / f"fsr_own_{facts['seed']}" / "training" / "best"
+        best = finished / f"fsr_own_{facts['asked']['seed']}" / "training" / "best"
         original = timm.create_model(f"local-dir:{best}", pretrained=True)
         assert torch.equal(model.conv1.weight, original.conv1.weight.half().float())
         test = timm_fsr.load_data("fashion_mnist", "test", limit=20)
@@ -109,16 +115,26 @@ class TestRelease:
 
     def test_rounding_that_costs_robustness_is_given_up(self, script, finished, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(script["release"].__globals__, "compared", lambda before, after: (0, 9, False))
-        more = ["--methods", "none", "fsr", "--seeds", "0", "1", "--release", "fsr", "--suffix=other"]
-        assert script["main"]([*flags(finished), *more]) == 0
-        facts = json.loads((finished / "hub" / NAME.replace("toys", "other") / "release.json").read_text())
-        assert facts["dtype"] == "float32"
+        assert script["main"]([*flags(finished), *MORE, "--suffix=other"]) == 0
+        folder = finished / "hub" / NAME.replace("toys", "other")
+        assert json.loads((folder / "release.json").read_text())["rounded"] is False
         assert "+0 -9 images" in capsys.readouterr().out
+        assert "dtype" not in json.loads((folder / "config.json").read_text())["timm_fsr"]
+        collect(folder, f"timm-fsr/{folder.name}")
+
+    def test_and_so_are_weights_that_no_half_can_hold(self, script, finished, monkeypatch, capsys):
+        def beyond(*_: Any) -> None:
+            raise ValueError("fc.weight has numbers that torch.float16 cannot hold")
+
+        monkeypatch.setattr(timm_fsr, "round_weights", beyond)
+        assert script["main"]([*flags(finished), *MORE, "--suffix=large"]) == 0
+        assert "stays in float32: fc.weight" in capsys.readouterr().out
+        collect(finished / "hub" / NAME.replace("toys", "large"), f"timm-fsr/{NAME.replace('toys', 'large')}")
 
     def test_images_per_second_are_noted(self, finished):
         rows = json.loads((finished / "throughput.json").read_text())
         assert set(rows) == {f"{layer}_own_{seed}" for layer in ("none", "fsr") for seed in (0, 1)}
-        assert all(row["images_per_second"] > 0 for row in rows.values())
+        assert all(speed > 0 for speed in rows.values())
 
 
 class TestArchive:
@@ -140,30 +156,77 @@ class TestArchive:
 
 class TestAgain:
     def test_the_same_command_changes_nothing_that_took_time(self, script, finished):
-        before = times(finished / "hub") | times(finished / "fsr_own_0" / "training")
-        more = ["--methods", "none", "fsr", "--seeds", "0", "1", "--release", "fsr", "--note=Toys."]
-        assert script["main"]([*flags(finished), *more]) == 0
-        assert times(finished / "hub") | times(finished / "fsr_own_0" / "training") == before
+        before = times(finished / "hub" / NAME) | times(finished / "fsr_own_0" / "training")
+        assert script["main"]([*flags(finished), *MORE]) == 0
+        assert times(finished / "hub" / NAME) | times(finished / "fsr_own_0" / "training") == before
 
-    def test_when_the_time_is_up_what_there_is_is_packed(self, script, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize(
+        ("more", "found"),
+        [
+            (["--note=Other."], b"\nOther.\n"),
+            (["--namespace=lab"], b"hf-hub:lab/"),
+            (["--dtype=bfloat16"], b"(bfloat16)"),
+        ],
+    )
+    def test_other_options_make_the_folder_anew(self, script, finished, more, found):
+        suffix = "--suffix=again"
+        assert script["main"]([*flags(finished), *MORE, suffix]) == 0
+        assert script["main"]([*flags(finished), *MORE, suffix, *more]) == 0
+        assert found in (finished / "hub" / NAME.replace("toys", "again") / "README.md").read_bytes()
+
+    @pytest.mark.parametrize("at", ["save_pretrained", "render_card", "write_text"])
+    def test_a_folder_that_was_killed_half_made_is_made(self, script, finished, monkeypatch, at):
+        suffix, folder = f"--suffix={at}", finished / "hub" / NAME.replace("toys", at)
+
+        def late(*_: Any, **__: Any) -> None:
+            raise script["TimeIsUpError"]
+
+        release = script["release"].__globals__
+        with monkeypatch.context() as patch:
+            if at == "save_pretrained":
+                patch.setattr(timm_fsr, at, late)
+            elif at == "render_card":
+                patch.setitem(release, at, late)
+            else:
+                write = release[at]
+                patch.setitem(release, at, lambda path, text: late() if path.name == "README.md" else write(path, text))
+            assert script["main"]([*flags(finished), *MORE, suffix]) == 75
+        assert not (folder / "README.md").exists()
+        assert script["main"]([*flags(finished), *MORE, suffix]) == 0
+        collect(folder, f"timm-fsr/{folder.name}")
+
+    def test_when_the_time_is_up_what_there_is_is_packed(self, script, finished, monkeypatch, capsys):
         def late(*_: Any) -> None:
             raise script["TimeIsUpError"]
 
+        (finished / "pack" / ".writing-x").mkdir(parents=True)  # what a kill may have left
         monkeypatch.setitem(script["main"].__globals__, "release", late)
-        assert script["main"]([*flags(tmp_path), "--release=none", "--pack=5"]) == 75
+        assert script["main"]([*flags(finished), *MORE, "--pack=5"]) == 75
         assert "the time is up" in capsys.readouterr().out
-        assert (tmp_path / "pack" / "results.tar.00").exists()
+        assert (finished / "pack" / "results.tar.0000").exists()
 
 
 class TestSpeed:
-    def test_the_benchmarks_get_what_they_understand(self, script, tmp_path, monkeypatch):
-        commands: list[list[str]] = []
-        monkeypatch.setattr(script["subprocess"], "run", lambda command, check: commands.append(command))
+    FLAGS = ("--speed", "--device=cpu", "--mixed_precision=bf16", "--compile=inductor")
+
+    @pytest.fixture
+    def commands(self, script, monkeypatch) -> list[list[str]]:
+        """What is run, without running it."""
+        found: list[list[str]] = []
+
+        def run(command: list[str], *, check: bool, timeout: float | None) -> None:
+            found.append(command)
+            Path(command[-1]).write_text('{"peak_flops": 1.0}')
+
+        monkeypatch.setattr(script["subprocess"], "run", run)
         monkeypatch.setitem(script["main"].__globals__, "compare", lambda *_: {})
+        monkeypatch.setitem(script["main"].__globals__, "in_common", lambda found: (found, []))
+        return found
+
+    def test_the_benchmarks_get_what_they_understand(self, script, tmp_path, monkeypatch, commands):
         code = tmp_path / "code"
-        more = ["--speed", f"--official={code}", "--device=cpu", "--mixed_precision=bf16", "--compile=inductor"]
-        assert script["main"]([*flags(tmp_path), *more]) == 0
-        monkeypatch.syspath_prepend(str(FOLDER.parent / "benchmarks"))
+        assert script["main"]([*flags(tmp_path), *self.FLAGS, f"--official={code}"]) == 0
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
         parsed = {}
         for _, path, *arguments in commands:
             monkeypatch.setattr(sys, "argv", [path, *arguments])
@@ -174,18 +237,31 @@ class TestSpeed:
         assert {args.compile for args in parsed.values()} == {"inductor"}
         assert {args.batch for args in parsed.values()} == {50}
 
+    def test_once_for_the_same_question(self, script, tmp_path, commands):
+        for more in ([], [], ["--optim.batch_size=20"]):
+            assert script["main"]([*flags(tmp_path), *self.FLAGS, *more]) == 0
+        assert [Path(command[1]).stem for command in commands] == ["training_step", "profile_step"] * 2
+
+    def test_what_takes_too_long_is_left_out(self, script, tmp_path, monkeypatch, capsys, commands):
+        def run(command: list[str], *, check: bool, timeout: float | None) -> None:
+            assert timeout == 60 * 9 / 6
+            raise subprocess.TimeoutExpired(command, timeout)
+
+        monkeypatch.setattr(script["subprocess"], "run", run)
+        assert script["main"]([*flags(tmp_path), *self.FLAGS, "--minutes=9"]) == 0
+        assert capsys.readouterr().out.count("not measured") == 2
+        assert not (tmp_path / "peak.json").exists()
+
 
 def test_the_documented_commands_are_accepted(script, tmp_path):
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^python recipes/checkpoints\.py (--.*)$", text, re.MULTILINE)
+    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python recipes/compare/checkpoints\.py (--.*)$", text, re.MULTILINE)
     assert commands
     for command in commands:
-        words = [word.replace("recipes/", f"{FOLDER}/") for word in shlex.split(command)]
+        words = [word.replace("recipes/", f"{ROOT / 'recipes'}/") for word in shlex.split(command)]
         args, overrides = script["parse_args"](script["options"](), words)
         base = Recipe.load(args.config, overrides)
         script["check"](args, base)
-        for entry in script["compare"].__globals__["entries"](args.methods, args.places, args.seeds):
-            entry.recipe(base, tmp_path).check()
 
 
 class TestErrors:
@@ -196,6 +272,13 @@ class TestErrors:
             (["--release=none", "--suffix="], "needs --suffix"),
             (["--release=none", "--evaluation.attacks=[]"], "evaluation.attacks"),
             (["--release=none", "--part=1/2"], "--part"),
+            (["--release=none", "--attacks"], "--attacks"),
+            (["--release=none", "--suffix=a b/c"], "a b/c"),
+            (["--release=none", "--namespace="], "user/name"),
+            (["--methods", "fsr", "fsr:tau=0.5", "--release", "fsr", "fsr:tau=0.5"], "the same name"),
+            (["--images=0"], "--images=0"),
+            (["--data.streamed=true"], "data.streamed"),
+            (["--speed", "--mixed_precision=fp16"], "float32 and bf16"),
             (["--places", "own", "same"], "--places"),
             (["--pack=0"], "leaves no room"),
             (["--official=code"], "add it"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import runpy
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import pytest
 import torch
 
 import timm_fsr
-from timm_fsr import engine
+from timm_fsr import engine, results
 from timm_fsr.recipe import Recipe
 from timm_fsr.report import Report
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "compare"
-SCRIPT: dict[str, Any] = runpy.run_path(str(FOLDER / "compare.py"))
-Entry, entries = SCRIPT["Entry"], SCRIPT["entries"]
+sys.path.insert(0, str(FOLDER))  # as `python recipes/compare/compare.py` does
+try:
+    SCRIPT: dict[str, Any] = runpy.run_path(str(FOLDER / "compare.py"))
+    from entries import Entry, entries
+    from tables import summary
+finally:
+    sys.path.remove(str(FOLDER))
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 TINY = [
@@ -42,6 +48,10 @@ def compare(output: Path, *flags: str) -> int:
 
 def changed(output: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in output.rglob("model.safetensors")}
+
+
+def methods_of(output: Path) -> list[str]:
+    return [row["method"] for row in json.loads((output / "comparison.json").read_text())]
 
 
 def each_model(output: Path) -> list[str]:
@@ -96,7 +106,7 @@ class TestRun:
             Entry("cas", "own", 0): report(*most),
             Entry("cas", "own", 1): report(*few),
         }
-        text = SCRIPT["summary"]([row(entry, 10.0 + 5 * (entry.method == "cas")) for entry in reports], reports)
+        text = summary([row(entry, 10.0 + 5 * (entry.method == "cas")) for entry in reports], reports)
         head, _, first, second = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
         assert head[3:6] == ["clean", "PGD-20", "worst"]
         assert first == ["cas", "own", "0, 1", "100.0 %", "70.0 %", "70.0 %", "+40.0, +0.0", "1 of 2", "1.50 x"]
@@ -147,10 +157,43 @@ class TestRun:
         methods = ["--methods", "none", "kwta"]
         assert compare(tmp_path, *methods, "--part=2/2", "--attacks", "fgsm") == 0
         assert compare(tmp_path, *methods, "--part=1/2", "--attacks", "fgsm", "pgd20") == 0
-        assert [row["method"] for row in json.loads((tmp_path / "comparison.json").read_text())] == ["none"]
-        assert compare(tmp_path, *methods, "--part=1/2", "--attacks", "fgsm") == 0  # with "pgd20" on one of them
-        assert [row["method"] for row in json.loads((tmp_path / "comparison.json").read_text())] == ["none", "kwta"]
-        assert "PGD-20" not in (tmp_path / "comparison.md").read_text()
+        assert methods_of(tmp_path) == ["none"]
+
+    def test_nor_what_it_has_attacked_on_other_images(self, tmp_path):
+        methods = ["--methods", "none", "kwta", "--attacks", "fgsm"]
+        assert compare(tmp_path, *methods, "--part=2/2", "--images=10") == 0
+        assert compare(tmp_path, *methods, "--part=1/2") == 0
+        assert methods_of(tmp_path) == ["none"]
+
+    def test_a_worst_case_is_over_the_attacks_that_all_have_met(self, tmp_path):
+        methods = ["--methods", "none", "kwta"]
+        assert compare(tmp_path, "--methods", "none", "--attacks", "fgsm", "pgd20") == 0
+        assert compare(tmp_path, *methods, "--attacks", "fgsm") == 0
+        for row in json.loads((tmp_path / "comparison.json").read_text()):
+            report = Report.load(tmp_path / f"{row['method']}_own_0" / "evaluation" / "report.json")
+            assert row["accuracy"]["worst_case"] == int((report.correct["clean"] & report.correct["fgsm"]).sum()) / 20
+        text = (tmp_path / "comparison.md").read_text()
+        assert "not every model has met them: pgd20." in text
+        assert "PGD-20" not in text
+
+    def test_a_training_by_another_recipe_is_refused_not_taken_for_this_one(self, tmp_path, capsys):
+        assert compare(tmp_path, "--methods", "none", "--attacks") == 0
+        assert compare(tmp_path, "--methods", "none", "--attacks", "--optim.lr=0.01") == 2
+        assert "holds a training by another recipe: optim.lr (0.1 -> 0.01)" in capsys.readouterr().err
+
+    def test_a_training_that_was_killed_while_it_was_evaluated_is_evaluated(self, tmp_path, monkeypatch):
+        flags = ["--methods", "none", "--attacks", "fgsm", "--evaluation.attacks=[fgsm]"]
+
+        def late(*_: Any, **__: Any) -> None:
+            raise SCRIPT["TimeIsUpError"]
+
+        monkeypatch.setattr(results, "evaluate", late)
+        assert compare(tmp_path, *flags) == 75
+        monkeypatch.undo()
+        assert compare(tmp_path, *flags) == 0
+        assert (tmp_path / "none_own_0" / "training" / "report.json").exists()
+        report = Report.load(tmp_path / "none_own_0" / "evaluation" / "report.json")
+        assert "checkpoint_rule" in report.conditions
 
 
 class TestTimeLimit:
@@ -232,6 +275,8 @@ class TestErrors:
             (["--methods", "none", "--part=x"], "part"),
             (["--methods", "none", "--minutes=0"], "leaves no time"),
             (["--methods", "tradess/none"], "did you mean 'trades'"),
+            (["--methods", "none", "--images=0"], "--images=0"),
+            (["--methods", "none", "--data.streamed=true"], "data.streamed"),
             (["--methods", "none", "--optim.epoch=3"], "epoch"),
             (["--methods", "none", "--attacks", "pdg2"], "unknown attack 'pdg2'"),
         ],

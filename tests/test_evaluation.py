@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -406,6 +407,28 @@ class TestReuse:
         report = evaluate(Brightness(), self.PAIR, eps=1, attacks=suites)
         assert report.correct["two"].tolist() == report.correct["clean"].tolist()
         assert len(own.seeds) == 1
+
+    def test_an_evaluation_that_was_killed_in_between_goes_on_the_same(self, tmp_path):
+        class Killed(Fixed):
+            def __call__(self, *args: Any) -> Tensor:
+                raise KeyboardInterrupt
+
+        def run(own: Fixed, folder: Path) -> dict[str, Any]:
+            suites = [
+                suite("one", ("other", Fixed([0], [])), ("square", Fixed([1], [])), every_image=False),
+                Suite(
+                    "two",
+                    (Stage("first", "Fixed([3])", Fixed([3], [])), Stage("square", "Fixed([1])", own, reuse=True)),
+                ),
+            ]
+            return evaluate(Brightness(), self.PAIR, eps=1, attacks=suites, folder=folder).to_dict()["stages"]
+
+        expected = run(Fixed([], []), tmp_path / "whole")
+        assert expected["two"]["square"] == "11000"
+        with pytest.raises(KeyboardInterrupt):
+            run(Killed([], []), tmp_path / "killed")
+        assert run(Fixed([], []), tmp_path / "killed") == expected
+        assert run(Killed([], []), tmp_path / "killed") == expected  # all is known
 
     def test_not_where_the_attacked_images_are_kept(self, tmp_path):
         report, _ = self.both(folder=tmp_path, save_images=True)

@@ -72,11 +72,11 @@ class TestRounding:
         folder = tmp_path / "half"
         timm_fsr.save_pretrained(model, folder, report=reports["after"], recipe=RECIPE, dtype=dtype)
         record = json.loads((folder / "config.json").read_text())["timm_fsr"]
-        assert record["values_sha256"] == weights_digest(model) == weights_digest(load(str(folder)))
-        assert record["sha256"] != record["values_sha256"]
+        assert record["dtype"] == str(dtype).removeprefix("torch.")
+        assert record["sha256"] != weights_digest(model) == weights_digest(load(str(folder)))
         assert training_report(str(folder), load(str(folder))) is not None
         card = collect(folder, "user/name")["README.md"].decode()
-        assert "half precision" in card
+        assert f"half precision ({record['dtype']})" in card
         assert record["sha256"][:16] in card
         timm_fsr.save_pretrained(model, folder, report=reports["before"], recipe=RECIPE, dtype=dtype)
         with pytest.raises(ValueError, match="about other weights"):
@@ -101,6 +101,13 @@ class TestRefusals:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         timm_fsr.round_weights(model, torch.bfloat16)
 
-    def test_a_full_precision_save_notes_no_second_checksum(self, tmp_path: Path):
+    def test_buffers_are_rounded_too(self, tmp_path):
+        model = network()
+        model.register_buffer("table", torch.rand(3, 3))
+        timm_fsr.round_weights(model, torch.float16)
+        assert torch.equal(model.table, model.table.half().float())
+        timm_fsr.save_pretrained(model, tmp_path, dtype=torch.float16)
+
+    def test_a_full_precision_save_notes_no_other(self, tmp_path: Path):
         folder = timm_fsr.save_pretrained(network(), tmp_path)
-        assert "values_sha256" not in json.loads((folder / "config.json").read_text())["timm_fsr"]
+        assert "dtype" not in json.loads((folder / "config.json").read_text())["timm_fsr"]

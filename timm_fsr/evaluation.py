@@ -79,7 +79,8 @@ def evaluate(
     """Clean and robust accuracy of a model, image by image.
 
     The model runs in eval mode, float32 and without TF32; its mode and gradients flags are restored. What an image's
-    outcome is depends on the model, the seed, the attack and the batch that it is in, not on the number of processes.
+    outcome is depends on the model, the seed, the attack and the batch that it is in, not on the number of processes;
+    "adaptive" takes over what the Square of an AutoAttack named before it has done to an image.
 
     Args:
         model: a timm model (its `pretrained_cfg` mean and std are put in front) or a pixel-space model.

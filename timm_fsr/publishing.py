@@ -18,13 +18,13 @@ from huggingface_hub.hf_api import RepoFile
 from torch import nn
 
 from timm_fsr.cards import check_card, render_card
-from timm_fsr.hub import load, save_pretrained
+from timm_fsr.hub import load, save_pretrained, weights_digest
 from timm_fsr.metadata import check_repo_id
 from timm_fsr.parts import Parts, read_parts
 from timm_fsr.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.remote import explained, retried
 from timm_fsr.report import Report
-from timm_fsr.weights import CONFIG, RECORD, WEIGHTS, values_digest
+from timm_fsr.weights import CONFIG, RECORD, WEIGHTS
 
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, REPORT)
 
@@ -172,8 +172,8 @@ def collect(
             "card with them, or leave them out"
         )
     parts = read_parts(folder)
-    load(str(folder))  # whoever downloads it has to be able to
-    _check_same_weights(parts, folder)
+    model = load(str(folder))  # whoever downloads it has to be able to
+    _check_same_weights(parts, folder, model)
     if (folder / CARD).is_file():
         card = (folder / CARD).read_text(encoding="utf-8")
     else:
@@ -191,17 +191,20 @@ def collect(
     }
 
 
-def _check_same_weights(parts: Parts, folder: Path) -> None:
-    """Refuse a report that is about other weights, which would be a false promise."""
+def _check_same_weights(parts: Parts, folder: Path, model: nn.Module) -> None:
+    """Refuse a report that is about other weights, which would be a false promise.
+
+    It may be about the file, or about the float32 weights that a file in half precision becomes when it is loaded.
+    """
     judged = parts.report.conditions.get("weights_sha256")
-    saved = values_digest(parts.config)
+    saved = parts.config.get(RECORD, {}).get("sha256")
     if judged is None or saved is None:
         what = REPORT if judged is None else CONFIG
         raise ValueError(
             f"{folder / what} does not say which weights it belongs to, since an older timm_fsr wrote it; save and "
             "evaluate the model again"
         )
-    if judged != saved:
+    if judged not in (saved, weights_digest(model)):
         raise ValueError(
             f"{folder / REPORT} is about other weights (SHA-256 {judged[:16]}...) than those beside it "
             f"({saved[:16]}...); evaluate this model"

@@ -27,13 +27,12 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         ValueError: another dtype, or weights that are too large for it; nothing was changed.
     """
     _check(dtype)
-    large = {name: p for name, p in model.named_parameters() if _is_halved(p)}
-    for name, parameter in large.items():
-        if not torch.isfinite(parameter.detach().to(dtype)).all():
+    large = {name: tensor for name, tensor in model.state_dict().items() if _is_halved(tensor)}
+    for name, tensor in large.items():
+        if not torch.isfinite(tensor.to(dtype)).all():
             raise ValueError(f"{name} has numbers that {dtype} cannot hold; use torch.bfloat16 or keep float32")
-    with torch.no_grad():
-        for parameter in large.values():
-            parameter.copy_(parameter.to(dtype))
+    for tensor in large.values():  # the model's own memory
+        tensor.copy_(tensor.to(dtype))
     return model
 
 
@@ -54,8 +53,8 @@ def halved(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
-def _is_halved(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.ndim > 1
+def _is_halved(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and tensor.ndim > 1
 
 
 def _check(dtype: torch.dtype) -> None:

@@ -39,28 +39,22 @@ FORMAT = 2
 """Of `config.json`; 1 had no checksum, and no number either."""
 
 
-def make_record(weights: Path, values_sha256: str | None = None) -> dict[str, Any]:
+def make_record(weights: Path, dtype: str | None = None) -> dict[str, Any]:
     """What is noted about saved weights: their checksum and size, and the versions that a reader may need.
 
     Args:
         weights: the file.
-        values_sha256: checksum of the file that the model's own precision would give, if it is another one's.
+        dtype: in which matrices and kernels are stored, if not in the model's own: "float16", "bfloat16".
     """
     return {
         "format": FORMAT,
         "sha256": file_digest(weights),
-        **({"values_sha256": values_sha256} if values_sha256 else {}),
+        **({"dtype": dtype} if dtype else {}),
         "bytes": weights.stat().st_size,
         "version": __version__,
         "timm": timm.__version__,
         "torch": torch.__version__,
     }
-
-
-def values_digest(config: Mapping[str, Any]) -> str | None:
-    """What `timm_fsr.hub.weights_digest` says of the loaded model, by a saved one's configuration; None if unknown."""
-    record = config.get(RECORD, {})
-    return record.get("values_sha256") or record.get("sha256")
 
 
 def check_record(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:

@@ -1,0 +1,165 @@
+"""The tables and the plot of a comparison: what its reports say of each model, by the attacks that all of them met."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from entries import OWN, SAME, Entry
+
+from timm_fsr.files import write_text
+from timm_fsr.page import mcnemar
+from timm_fsr.report import WORST_CASE, Report
+from timm_fsr.suites import ENSEMBLE
+
+COLUMNS = {
+    "clean": "clean",
+    "pgd20": "PGD-20",
+    "pgd100": "PGD-100",
+    "cw30": "C&W",
+    ENSEMBLE: "official Ensemble",
+    "autoattack": "AutoAttack",
+    "adaptive": "adaptive",
+    WORST_CASE: "worst",
+}
+
+Row = dict[str, Any]
+
+
+def render(found: Mapping[Entry, Report], output: Path) -> None:
+    """Write `comparison.json`, `comparison.md` and `comparison.png` of the models that are finished, and print."""
+    reports, left_out = in_common(found)
+    rows = [row(entry, report, output) for entry, report in reports.items()]
+    text = f"{summary(rows, reports)}\nEach model:\n\n{table(rows, reports)}"
+    if left_out:
+        text += f"\nLeft out of all figures, because not every model has met them: {', '.join(left_out)}.\n"
+    write_text(output / "comparison.json", json.dumps(rows, indent=1) + "\n")
+    write_text(output / "comparison.md", text)
+    plot(rows, output / "comparison.png")
+    print(f"\n{text}", flush=True)
+
+
+def in_common(found: Mapping[Entry, Report]) -> tuple[dict[Entry, Report], list[str]]:
+    """The reports with those attacks alone that all of them have, and the names of the others.
+
+    A worst case over more attacks is lower: side by side they must be over the same.
+    """
+    every = [set(report.correct) for report in found.values()]
+    shared = set.intersection(*every)
+    return {entry: restricted(report, shared) for entry, report in found.items()}, sorted(set.union(*every) - shared)
+
+
+def restricted(report: Report, names: set[str]) -> Report:
+    """The report of these attacks alone."""
+    return dataclasses.replace(
+        report,
+        correct={name: flags for name, flags in report.correct.items() if name in names},
+        stages={name: stages for name, stages in report.stages.items() if name in names},
+        attacks={name: detail for name, detail in report.attacks.items() if name in names},
+    )
+
+
+def row(entry: Entry, report: Report, output: Path) -> Row:
+    """What the tables and the plot show of one model."""
+    training = output / entry.folder / "training"
+    seconds = sum(json.loads(line)["seconds"] for line in (training / "metrics.jsonl").read_text().splitlines())
+    model = timm.create_model(f"local-dir:{training / 'best'}", pretrained=True)
+    accuracy = {**report.accuracy, WORST_CASE: report.worst_case}
+    return {
+        **dataclasses.asdict(entry),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "training_seconds": round(seconds, 1),
+        "images": report.count,
+        "accuracy": {name: round(accuracy[name], 4) for name in COLUMNS if name in accuracy},
+        "interval_95": [round(bound, 4) for bound in report.interval(WORST_CASE)],
+    }
+
+
+def entry_of(one: Row) -> Entry:
+    """The model that a row is about."""
+    return Entry(one["method"], one["place"], one["seed"])
+
+
+def table(rows: Sequence[Row], reports: Mapping[Entry, Report]) -> str:
+    """Markdown: one line a model, with intervals and the images gained and lost against the plain network."""
+    names = columns(rows)
+    lines = []
+    known = {entry_of(one): one for one in rows}
+    for entry, one in known.items():
+        low, high = (100 * bound for bound in one["interval_95"])
+        base = known.get(entry.plain)
+        against, time = "", f"{one['training_seconds']:.0f} s"
+        if base is not None and base is not one:
+            gained, lost, more = mcnemar(reports[entry.plain], reports[entry], WORST_CASE)
+            against = f"+{gained} -{lost}" + ("" if more else " (chance)")
+            time = f"{one['training_seconds'] / base['training_seconds']:.2f} x"
+        shares = [f"{100 * one['accuracy'][name]:.1f} %" for name in names]
+        cells = [one["method"], one["place"], str(one["seed"]), *shares, f"{low:.1f} to {high:.1f}", against]
+        lines.append([*cells, f"{one['parameters'] / 1e6:.3f} M", time])
+    head = ["method", "place", "seed", *(COLUMNS[name] for name in names), "95 % interval", "against none"]
+    return markdown([*head, "parameters", "training time"], lines)
+
+
+def summary(rows: Sequence[Row], reports: Mapping[Entry, Report]) -> str:
+    """Markdown: one line a method and place, means over its seeds, the best worst case first."""
+    names = columns(rows)
+    known = {entry_of(one): one for one in rows}
+    found = []
+    for method, place in dict.fromkeys((one["method"], one["place"]) for one in rows):
+        mine = {entry: one for entry, one in known.items() if (entry.method, entry.place) == (method, place)}
+        means = {name: statistics.mean(one["accuracy"][name] for one in mine.values()) for name in names}
+        pairs = [entry for entry in mine if entry.plain in known and entry != entry.plain]
+        points = [reports[entry].worst_case - reports[entry.plain].worst_case for entry in pairs]
+        beyond = sum(mcnemar(reports[entry.plain], reports[entry], WORST_CASE)[2] for entry in pairs)
+        times = [known[entry]["training_seconds"] / known[entry.plain]["training_seconds"] for entry in pairs]
+        cells = [method, place, ", ".join(str(entry.seed) for entry in mine)]
+        cells += [f"{100 * means[name]:.1f} %" for name in names]
+        cells += [", ".join(f"{100 * point:+.1f}" for point in points), f"{beyond} of {len(pairs)}" if pairs else ""]
+        cells += [f"{statistics.mean(times):.2f} x" if times else ""]
+        found.append((means[WORST_CASE], cells))
+    found.sort(key=lambda pair: -pair[0])
+    head = ["method", "place", "seeds", *(COLUMNS[name] for name in names), "points of the worst case against none"]
+    return markdown([*head, "more than chance", "training time"], [cells for _, cells in found])
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """What every model has been judged by."""
+    return [name for name in COLUMNS if all(name in one["accuracy"] for one in rows)]
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, ["---"] * len(head), *lines))
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Worst-case accuracy against the time of training, relative to the plain network of the same seed."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print('no plot: matplotlib is not installed; pip install "timm-fsr[report]"')
+        return
+    seconds = {entry_of(one): one["training_seconds"] for one in rows}
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    labels = list(dict.fromkeys((one["method"], one["place"]) for one in rows))
+    for index, (method, place) in enumerate(labels):
+        mine = [one for one in rows if (one["method"], one["place"]) == (method, place)]
+        cost = [one["training_seconds"] / seconds.get(entry_of(one).plain, math.nan) for one in mine]
+        robust = [100 * one["accuracy"][WORST_CASE] for one in mine]
+        bounds = [[100 * one["interval_95"][side] for one in mine] for side in (0, 1)]
+        errors = [[abs(bound - value) for bound, value in zip(side, robust, strict=True)] for side in bounds]
+        marker = {OWN: "o", SAME: "s"}[place]
+        name = method if entry_of(mine[0]).layer is None else f"{method}, {place} place"
+        axes.errorbar(cost, robust, yerr=errors, fmt=marker, color=f"C{index % 10}", capsize=3, label=name)
+    axes.set_xlabel("training time, relative to the plain network")
+    axes.set_ylabel("worst-case robust accuracy, % (95 % interval)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=150)
