@@ -106,11 +106,12 @@ class TestRun:
             Entry("cas", "own", 0): report(*most),
             Entry("cas", "own", 1): report(*few),
         }
-        text = summary([row(entry, 10.0 + 5 * (entry.method == "cas")) for entry in reports], reports)
+        rows = [row(entry, 10.0 + 5 * (entry.method == "cas")) for entry in reports]
+        text = summary(rows, reports, ["none", "cas"])
         head, _, first, second = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
         assert head[3:6] == ["clean", "PGD-20", "worst"]
-        assert first == ["cas", "own", "0, 1", "100.0 %", "70.0 %", "70.0 %", "+40.0, +0.0", "1 of 2", "1.50 x"]
-        assert second == ["none", "own", "0, 1", "100.0 %", "50.0 %", "50.0 %", "", "", ""]
+        assert first == ["cas", "own", "0, 1", "100.0 %", "70.0 %", "70.0 %", "**+40.0**, +0.0", "", "1.50 x"]
+        assert second == ["none", "own", "0, 1", "100.0 %", "50.0 %", "50.0 %", "", "**-40.0**, +0.0", ""]
 
     def test_each_has_its_own_layer_and_all_else_in_common(self, finished):
         recipes = {path.parent.parent.name: Recipe.load(path) for path in finished.glob("*/training/recipe.yaml")}
@@ -276,6 +277,7 @@ class TestErrors:
             (["--methods", "none", "--minutes=0"], "leaves no time"),
             (["--methods", "tradess/none"], "did you mean 'trades'"),
             (["--methods", "none", "--images=0"], "--images=0"),
+            (["--methods", "none", "sap", "--against", "fsr"], "--against fsr"),
             (["--methods", "none", "--data.streamed=true"], "data.streamed"),
             (["--methods", "none", "--optim.epoch=3"], "epoch"),
             (["--methods", "none", "--attacks", "pdg2"], "unknown attack 'pdg2'"),

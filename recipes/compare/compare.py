@@ -148,6 +148,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     options.add_argument("--images", type=int, default=1000, help="balanced test images that are attacked")
     options.add_argument("--attacks", nargs="*", default=["pgd20", "standard", "adaptive"])
+    options.add_argument("--against", nargs="+", default=[PLAIN], help="methods that each model is set against")
     options.add_argument("--output", type=Path, help="folder of the results; default: the configuration's")
     options.add_argument("--part", default="1/1", help="this shell's share of the models, such as 1/2")
     options.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
@@ -193,7 +194,7 @@ def compare(base: Recipe, args: argparse.Namespace) -> dict[Entry, Report]:
             found[entry] = judged(entry, base, args)
             everything = {**others(wanted, found, base, args), **found}
             order = sorted(everything, key=lambda one: (args.methods.index(one.method), one.place, one.seed))
-            render({one: everything[one] for one in order}, args.output)
+            render({one: everything[one] for one in order}, args.output, args.against)
     return found
 
 
@@ -207,6 +208,9 @@ def check(base: Recipe, args: argparse.Namespace) -> list[Entry]:
         raise ValueError(f"--images={args.images} leaves nothing to attack; give 1 or more")
     if base.data.streamed:
         raise ValueError("a comparison needs its test images in memory; leave out data.streamed")
+    for method in args.against:
+        if method not in {part for one in args.methods for part in (one, one.rpartition("/")[2])} | {PLAIN}:
+            raise ValueError(f"--against {method} is none of --methods ({' '.join(args.methods)}); add it there")
     check_names(args.attacks, base.attack.norm, base.attack.eps, sources=False)
     wanted = list(dict.fromkeys(entries(args.methods, args.places, args.seeds)))
     for entry in wanted:

@@ -32,11 +32,17 @@ COLUMNS = {
 Row = dict[str, Any]
 
 
-def render(found: Mapping[Entry, Report], output: Path) -> None:
-    """Write `comparison.json`, `comparison.md` and `comparison.png` of the models that are finished, and print."""
+def render(found: Mapping[Entry, Report], output: Path, against: Sequence[str]) -> None:
+    """Write `comparison.json`, `comparison.md` and `comparison.png` of the models that are finished, and print.
+
+    Args:
+        found: their reports, in the order of the table.
+        output: folder of the comparison.
+        against: methods that each model is set against.
+    """
     reports, left_out = in_common(found)
     rows = [row(entry, report, output) for entry, report in reports.items()]
-    text = f"{summary(rows, reports)}\nEach model:\n\n{table(rows, reports)}"
+    text = f"{summary(rows, reports, against)}\nEach model:\n\n{table(rows, reports, against)}"
     if left_out:
         text += f"\nLeft out of all figures, because not every model has met them: {', '.join(left_out)}.\n"
     write_text(output / "comparison.json", json.dumps(rows, indent=1) + "\n")
@@ -86,46 +92,65 @@ def entry_of(one: Row) -> Entry:
     return Entry(one["method"], one["place"], one["seed"])
 
 
-def table(rows: Sequence[Row], reports: Mapping[Entry, Report]) -> str:
-    """Markdown: one line a model, with intervals and the images gained and lost against the plain network."""
-    names = columns(rows)
-    lines = []
+def table(rows: Sequence[Row], reports: Mapping[Entry, Report], against: Sequence[str]) -> str:
+    """Markdown: one line a model, with intervals and the images gained and lost against others of the same seed."""
+    names, lines = columns(rows), []
     known = {entry_of(one): one for one in rows}
     for entry, one in known.items():
         low, high = (100 * bound for bound in one["interval_95"])
-        base = known.get(entry.plain)
-        against, time = "", f"{one['training_seconds']:.0f} s"
+        cells = [one["method"], one["place"], str(one["seed"])]
+        cells += [f"{100 * one['accuracy'][name]:.1f} %" for name in names]
+        cells.append(f"{low:.1f} to {high:.1f}")
+        for method in against:
+            found = pair(entry, method, reports)
+            cells.append(f"+{found[0]} -{found[1]}" + ("" if found[2] else " (chance)") if found else "")
+        base, time = known.get(entry.plain), f"{one['training_seconds']:.0f} s"
         if base is not None and base is not one:
-            gained, lost, more = mcnemar(reports[entry.plain], reports[entry], WORST_CASE)
-            against = f"+{gained} -{lost}" + ("" if more else " (chance)")
             time = f"{one['training_seconds'] / base['training_seconds']:.2f} x"
-        shares = [f"{100 * one['accuracy'][name]:.1f} %" for name in names]
-        cells = [one["method"], one["place"], str(one["seed"]), *shares, f"{low:.1f} to {high:.1f}", against]
         lines.append([*cells, f"{one['parameters'] / 1e6:.3f} M", time])
-    head = ["method", "place", "seed", *(COLUMNS[name] for name in names), "95 % interval", "against none"]
-    return markdown([*head, "parameters", "training time"], lines)
+    head = ["method", "place", "seed", *(COLUMNS[name] for name in names), "95 % interval"]
+    return markdown([*head, *(f"against {method}" for method in against), "parameters", "training time"], lines)
 
 
-def summary(rows: Sequence[Row], reports: Mapping[Entry, Report]) -> str:
-    """Markdown: one line a method and place, means over its seeds, the best worst case first."""
-    names = columns(rows)
+def summary(rows: Sequence[Row], reports: Mapping[Entry, Report], against: Sequence[str]) -> str:
+    """Markdown: one line a method and place, means over its seeds, the best worst case first.
+
+    Against others: the points of the worst case, seed by seed, and in bold those beyond chance.
+    """
+    names, lines = columns(rows), []
     known = {entry_of(one): one for one in rows}
-    found = []
     for method, place in dict.fromkeys((one["method"], one["place"]) for one in rows):
         mine = {entry: one for entry, one in known.items() if (entry.method, entry.place) == (method, place)}
         means = {name: statistics.mean(one["accuracy"][name] for one in mine.values()) for name in names}
-        pairs = [entry for entry in mine if entry.plain in known and entry != entry.plain]
-        points = [reports[entry].worst_case - reports[entry.plain].worst_case for entry in pairs]
-        beyond = sum(mcnemar(reports[entry.plain], reports[entry], WORST_CASE)[2] for entry in pairs)
-        times = [known[entry]["training_seconds"] / known[entry.plain]["training_seconds"] for entry in pairs]
         cells = [method, place, ", ".join(str(entry.seed) for entry in mine)]
         cells += [f"{100 * means[name]:.1f} %" for name in names]
-        cells += [", ".join(f"{100 * point:+.1f}" for point in points), f"{beyond} of {len(pairs)}" if pairs else ""]
-        cells += [f"{statistics.mean(times):.2f} x" if times else ""]
-        found.append((means[WORST_CASE], cells))
-    found.sort(key=lambda pair: -pair[0])
-    head = ["method", "place", "seeds", *(COLUMNS[name] for name in names), "points of the worst case against none"]
-    return markdown([*head, "more than chance", "training time"], [cells for _, cells in found])
+        for other in against:
+            pairs = [pair(entry, other, reports) for entry in mine]
+            points = [(100 * (found[0] - found[1]) / found[3], found[2]) for found in pairs if found]
+            cells.append(", ".join(f"**{value:+.1f}**" if more else f"{value:+.1f}" for value, more in points))
+        based = [entry for entry in mine if entry.plain in known and entry != entry.plain]
+        times = [known[entry]["training_seconds"] / known[entry.plain]["training_seconds"] for entry in based]
+        lines.append((means[WORST_CASE], [*cells, f"{statistics.mean(times):.2f} x" if times else ""]))
+    lines.sort(key=lambda line: -line[0])
+    head = [
+        "method",
+        "place",
+        "seeds",
+        *(COLUMNS[name] for name in names),
+        *(f"against {method}" for method in against),
+    ]
+    return markdown([*head, "training time"], [cells for _, cells in lines])
+
+
+def pair(entry: Entry, method: str, reports: Mapping[Entry, Report]) -> tuple[int, int, bool, int] | None:
+    """Images of the worst case gained and lost against another method, whether beyond chance (McNemar), of how many.
+
+    None if that is not there or is the entry itself.
+    """
+    other = entry.beside(method)
+    if other not in reports or other == entry:
+        return None
+    return (*mcnemar(reports[other], reports[entry], WORST_CASE), reports[entry].count)
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
