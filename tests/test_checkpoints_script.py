@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from tiny import BRIEF_TRAINING
 
 import timm_fsr
 from timm_fsr.publishing import collect
@@ -46,12 +47,7 @@ def flags(output: Path) -> list[str]:
         "--images=20",
         "--attacks=pgd20",
         "--suffix=toys",
-        "--data.limit_train=120",
-        "--data.held_out=20",
-        "--attack.steps=1",
-        "--optim.epochs=1",
-        "--optim.batch_size=50",
-        "--evaluation.validation_steps=1",
+        *BRIEF_TRAINING,
         "--evaluation.attacks=[fgsm]",
         f"--output={output}",
     ]

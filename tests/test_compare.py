@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import BRIEF_TRAINING
 
 import timm_fsr
 from timm_fsr import engine, results
@@ -33,12 +34,7 @@ TINY = [
     "--seeds=0",
     "--images=20",
     "--attacks=pgd20",
-    "--data.limit_train=120",
-    "--data.held_out=20",
-    "--attack.steps=1",
-    "--optim.epochs=1",
-    "--optim.batch_size=50",
-    "--evaluation.validation_steps=1",
+    *BRIEF_TRAINING,
 ]
 
 

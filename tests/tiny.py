@@ -109,3 +109,14 @@ def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5, msg=key)
+
+
+BRIEF_TRAINING = [
+    "--data.limit_train=120",
+    "--data.held_out=20",
+    "--attack.steps=1",
+    "--optim.epochs=1",
+    "--optim.batch_size=50",
+    "--evaluation.validation_steps=1",
+]
+"""Flags that leave two steps of a recipe, on embedded images."""

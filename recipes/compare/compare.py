@@ -122,20 +122,19 @@ def time_limit(minutes: float | None) -> Iterator[None]:
     def end(_number: int, _frame: FrameType | None) -> None:
         raise TimeIsUpError
 
-    handlers = {signal.SIGTERM: end, signal.SIGALRM: lambda *_: signal.raise_signal(signal.SIGTERM)}
+    handlers: dict[int, Any] = {signal.SIGTERM: end}
+    if hasattr(signal, "SIGALRM"):  # not on Windows, where parse_args refuses --minutes
+        handlers[signal.SIGALRM] = lambda *_: signal.raise_signal(signal.SIGTERM)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes if minutes else 0)
+    if minutes:
+        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if minutes:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def is_whole(report: Report, attacks: Sequence[str]) -> bool:
-    """Whether a report has the outcomes of all these attacks, so that its worst case can be set beside others."""
-    return set(expand_names(attacks)) <= set(report.correct)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -167,6 +166,10 @@ def parse_args(options: argparse.ArgumentParser, arguments: Sequence[str]) -> tu
     if share is None or not 1 <= int(share[1]) <= int(share[2]):
         options.error(f"--part={args.part} is no share of the work; write 1/2 in one shell and 2/2 in another")
     args.share, args.shares = int(share[1]), int(share[2])
+    if args.minutes is not None and not hasattr(signal, "SIGALRM"):
+        options.error(
+            "--minutes needs alarm signals, which this system lacks; stop the run yourself, it goes on anyway"
+        )
     if args.minutes is not None and args.minutes <= 0:
         options.error(f"--minutes={args.minutes} leaves no time; give more than 0, or leave it out")
     for method in args.methods:
