@@ -24,9 +24,10 @@ sys.path.insert(0, str(FOLDER))  # as `python recipes/compare/compare.py` does
 try:
     SCRIPT: dict[str, Any] = runpy.run_path(str(FOLDER / "compare.py"))
     from entries import Entry, entries
-    from tables import summary
+    from tables import pair, summary, table
 finally:
     sys.path.remove(str(FOLDER))
+PAGES = FOLDER.parents[1] / "docs" / "comparison"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 TINY = [
@@ -93,7 +94,9 @@ class TestRun:
 
         def row(entry: Any, seconds: float) -> dict[str, Any]:
             accuracy = {"clean": 1.0, "pgd20": reports[entry].worst_case, "worst_case": reports[entry].worst_case}
-            return {**dataclasses.asdict(entry), "accuracy": accuracy, "training_seconds": seconds}
+            against = {method: pair(entry, method, reports) for method in ("none", "cas")}
+            known = {"accuracy": accuracy, "training_seconds": seconds, "images": len(few), "against": against}
+            return {**dataclasses.asdict(entry), **known}
 
         few, most = [True] * 10 + [False] * 10, [True] * 18 + [False] * 2
         reports = {
@@ -103,7 +106,7 @@ class TestRun:
             Entry("cas", "own", 1): report(*few),
         }
         rows = [row(entry, 10.0 + 5 * (entry.method == "cas")) for entry in reports]
-        text = summary(rows, reports, ["none", "cas"])
+        text = summary(rows)
         head, _, first, second = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
         assert head[3:6] == ["clean", "PGD-20", "worst"]
         assert first == ["cas", "own", "0, 1", "100.0 %", "70.0 %", "70.0 %", "**+40.0**, +0.0", "", "1.50 x"]
@@ -191,6 +194,14 @@ class TestRun:
         assert (tmp_path / "none_own_0" / "training" / "report.json").exists()
         report = Report.load(tmp_path / "none_own_0" / "evaluation" / "report.json")
         assert "checkpoint_rule" in report.conditions
+
+
+@pytest.mark.skipif(not PAGES.is_dir(), reason="an installed package has no docs/")
+@pytest.mark.parametrize("path", sorted(PAGES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_of_the_documents_are_those_of_the_measured_figures(path):
+    rows = json.loads(path.read_text())
+    assert table(rows) in path.with_suffix(".md").read_text()
+    assert summary(rows) in (PAGES.parent / "layers.md").read_text()
 
 
 class TestTimeLimit:

@@ -41,8 +41,8 @@ def render(found: Mapping[Entry, Report], output: Path, against: Sequence[str]) 
         against: methods that each model is set against.
     """
     reports, left_out = in_common(found)
-    rows = [row(entry, report, output) for entry, report in reports.items()]
-    text = f"{summary(rows, reports, against)}\nEach model:\n\n{table(rows, reports, against)}"
+    rows = [row(entry, reports, against, output) for entry in reports]
+    text = f"{summary(rows)}\nEach model:\n\n{table(rows)}"
     if left_out:
         text += f"\nLeft out of all figures, because not every model has met them: {', '.join(left_out)}.\n"
     write_text(output / "comparison.json", json.dumps(rows, indent=1) + "\n")
@@ -71,9 +71,9 @@ def restricted(report: Report, names: set[str]) -> Report:
     )
 
 
-def row(entry: Entry, report: Report, output: Path) -> Row:
-    """What the tables and the plot show of one model."""
-    training = output / entry.folder / "training"
+def row(entry: Entry, reports: Mapping[Entry, Report], against: Sequence[str], output: Path) -> Row:
+    """What the tables and the plot show of one model: they are drawn from rows alone."""
+    report, training = reports[entry], output / entry.folder / "training"
     seconds = sum(json.loads(line)["seconds"] for line in (training / "metrics.jsonl").read_text().splitlines())
     model = timm.create_model(f"local-dir:{training / 'best'}", pretrained=True)
     accuracy = {**report.accuracy, WORST_CASE: report.worst_case}
@@ -84,6 +84,7 @@ def row(entry: Entry, report: Report, output: Path) -> Row:
         "images": report.count,
         "accuracy": {name: round(accuracy[name], 4) for name in COLUMNS if name in accuracy},
         "interval_95": [round(bound, 4) for bound in report.interval(WORST_CASE)],
+        "against": {method: pair(entry, method, reports) for method in against},
     }
 
 
@@ -92,7 +93,7 @@ def entry_of(one: Row) -> Entry:
     return Entry(one["method"], one["place"], one["seed"])
 
 
-def table(rows: Sequence[Row], reports: Mapping[Entry, Report], against: Sequence[str]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Markdown: one line a model, with intervals and the images gained and lost against others of the same seed."""
     names, lines = columns(rows), []
     known = {entry_of(one): one for one in rows}
@@ -101,18 +102,20 @@ def table(rows: Sequence[Row], reports: Mapping[Entry, Report], against: Sequenc
         cells = [one["method"], one["place"], str(one["seed"])]
         cells += [f"{100 * one['accuracy'][name]:.1f} %" for name in names]
         cells.append(f"{low:.1f} to {high:.1f}")
-        for method in against:
-            found = pair(entry, method, reports)
-            cells.append(f"+{found[0]} -{found[1]}" + ("" if found[2] else " (chance)") if found else "")
+        for found in one["against"].values():
+            chance = "" if found is None or found["beyond_chance"] else " (chance)"
+            cells.append(f"+{found['gained']} -{found['lost']}{chance}" if found else "")
         base, time = known.get(entry.plain), f"{one['training_seconds']:.0f} s"
         if base is not None and base is not one:
             time = f"{one['training_seconds'] / base['training_seconds']:.2f} x"
         lines.append([*cells, f"{one['parameters'] / 1e6:.3f} M", time])
     head = ["method", "place", "seed", *(COLUMNS[name] for name in names), "95 % interval"]
-    return markdown([*head, *(f"against {method}" for method in against), "parameters", "training time"], lines)
+    return markdown(
+        [*head, *(f"against {method}" for method in rows[0]["against"]), "parameters", "training time"], lines
+    )
 
 
-def summary(rows: Sequence[Row], reports: Mapping[Entry, Report], against: Sequence[str]) -> str:
+def summary(rows: Sequence[Row]) -> str:
     """Markdown: one line a method and place, means over its seeds, the best worst case first.
 
     Against others: the points of the worst case, seed by seed, and in bold those beyond chance.
@@ -124,33 +127,37 @@ def summary(rows: Sequence[Row], reports: Mapping[Entry, Report], against: Seque
         means = {name: statistics.mean(one["accuracy"][name] for one in mine.values()) for name in names}
         cells = [method, place, ", ".join(str(entry.seed) for entry in mine)]
         cells += [f"{100 * means[name]:.1f} %" for name in names]
-        for other in against:
-            pairs = [pair(entry, other, reports) for entry in mine]
-            points = [(100 * (found[0] - found[1]) / found[3], found[2]) for found in pairs if found]
-            cells.append(", ".join(f"**{value:+.1f}**" if more else f"{value:+.1f}" for value, more in points))
+        for other in rows[0]["against"]:
+            pairs = [(one["against"][other], one["images"]) for one in mine.values()]
+            cells.append(", ".join(points(found, images) for found, images in pairs if found))
         based = [entry for entry in mine if entry.plain in known and entry != entry.plain]
         times = [known[entry]["training_seconds"] / known[entry.plain]["training_seconds"] for entry in based]
         lines.append((means[WORST_CASE], [*cells, f"{statistics.mean(times):.2f} x" if times else ""]))
     lines.sort(key=lambda line: -line[0])
-    head = [
-        "method",
-        "place",
-        "seeds",
-        *(COLUMNS[name] for name in names),
-        *(f"against {method}" for method in against),
-    ]
-    return markdown([*head, "training time"], [cells for _, cells in lines])
+    head = ["method", "place", "seeds", *(COLUMNS[name] for name in names)]
+    return markdown(
+        [*head, *(f"against {method}" for method in rows[0]["against"]), "training time"],
+        [cells for _, cells in lines],
+    )
 
 
-def pair(entry: Entry, method: str, reports: Mapping[Entry, Report]) -> tuple[int, int, bool, int] | None:
-    """Images of the worst case gained and lost against another method, whether beyond chance (McNemar), of how many.
+def points(found: Mapping[str, Any], images: int) -> str:
+    """A difference in percentage points, in bold if it is beyond chance."""
+    value = f"{100 * (found['gained'] - found['lost']) / images:+.1f}"
+    return f"**{value}**" if found["beyond_chance"] else value
+
+
+def pair(entry: Entry, method: str, reports: Mapping[Entry, Report]) -> dict[str, Any] | None:
+    """Images of the worst case gained and lost against another method, and whether beyond chance (McNemar).
 
     None if that is not there or is the entry itself.
     """
     other = entry.beside(method)
     if other not in reports or other == entry:
         return None
-    return (*mcnemar(reports[other], reports[entry], WORST_CASE), reports[entry].count)
+    return dict(
+        zip(("gained", "lost", "beyond_chance"), mcnemar(reports[other], reports[entry], WORST_CASE), strict=True)
+    )
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
