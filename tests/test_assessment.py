@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -189,6 +190,21 @@ class TestAssess:
         data = timm_fsr.load_data("fashion_mnist", "test", limit=4)
         assess(tiny_resnet(in_chans=1), data, tmp_path, attacks=[], norm="l1", eps=1.0)
         assert json.loads((tmp_path / "examples.json").read_text()) == {}
+
+    def test_what_it_cannot_do_is_known_before_the_attacks(self, tmp_path, monkeypatch):
+        data, model = timm_fsr.load_data("fashion_mnist", "test", limit=4), tiny_resnet(in_chans=1)
+        monkeypatch.setattr("timm_fsr.assessment.evaluate", lambda *_, **__: pytest.fail("the attacks ran"))
+        with pytest.raises(ValueError, match="no evidence of honest gradients for norm='l1'"):
+            assess(model, data, tmp_path, norm="l1", attacks=[], evidence_images=2)
+        with pytest.raises(ValueError, match=r"data is tuple; give what timm_fsr.load_data returns"):
+            assess(model, (data.images, data.labels), tmp_path)
+        for package in ("pyautoattack", "autoattack", "imagecorruptions"):
+            monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        with pytest.raises(ModuleNotFoundError, match="AutoAttack is not installed"):
+            assess(model, data, tmp_path, evidence_images=2)
+        with pytest.raises(ImportError, match="corruptions"):
+            assess(model, data, tmp_path, corruption_images=2)
 
     @pytest.mark.parametrize(("names", "fits"), [("own", True), ("swapped", False), ("none", True), ("numbers", True)])
     def test_other_classes_are_refused(self, names, fits):

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.attacks import FGSM, PGD, attack_mode, eval_mode, input_gradient, random_in_ball
+from timm_fsr.apgd import APGD
+from timm_fsr.attacks import FGSM, NFGSM, PGD, attack_mode, eval_mode, input_gradient, random_in_ball
 
 EPS = 0.1
 NORMS = ("linf", "l2")
@@ -244,6 +245,14 @@ class TestInput:
         assert torch.equal(adversarial, images)
         adversarial.zero_()
         assert torch.equal(images, pixels())
+
+    @pytest.mark.parametrize("attack", [PGD, FGSM, NFGSM, APGD])
+    def test_an_eps_in_255ths_is_noticed_in_linf_alone(self, attack):
+        with pytest.raises(ValueError, match=r"eps=8 is more than pixels .* can change by; .* write 8/255"):
+            attack(eps=8)
+        assert attack(eps=1.0).eps == 1
+        if attack is not NFGSM:
+            assert attack(norm="l2", eps=8.0).eps == 8
 
     @pytest.mark.parametrize("attack", [PGD, FGSM])
     @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ class TestTrain:
             (["--optim.epoch=5"], "unknown recipe key 'optim.epoch'; did you mean 'optim.epochs'"),
             (["--config=nowhere.yaml"], "there is no recipe nowhere.yaml"),
             (["--model.name=resnet_tiny_cifra"], "did you mean 'resnet_tiny_cifar'"),
+            (["--model.layer=none"], "model.layer=none is no layer; write null"),
+            (["--attack.name=fgsm", "--attack.steps=5"], "over a recipe that has it: --attack.steps=null"),
             (["--model.layer=frs"], "unknown feature layer 'frs'; did you mean 'fsr'"),
             (["--model.name=test_vit", "--model.at=[-1]"], "cannot reach the logits"),
             (["--attack.eps=-8/255"], "must be 0 or more"),
@@ -109,6 +111,15 @@ class TestTrain:
         tiny = [flag for flag in TINY if "limit_train" not in flag] + ["--data.limit_train=120", "--output=run"]
         assert message in error_of(["train", *tiny, *arguments], capsys)
         assert not (tmp_path / "run" / "best").exists()
+
+    def test_the_whole_recipe_is_printed_and_nothing_trained(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as caught:
+            main(["train", "--optim.epochs=3", "--print_config"])
+        assert caught.value.code == 0
+        (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+        assert Recipe.load("recipe.yaml") == Recipe.load(overrides=["--optim.epochs=3"])
+        assert not (tmp_path / "runs").exists()
 
     def test_a_finished_run_is_kept(self, tmp_path, capsys):
         (tmp_path / "metrics.jsonl").write_text("{}\n")
@@ -155,6 +166,12 @@ class TestEvaluate:
             (["SAVED", "--num-classes=10"], "--num-classes belongs to --checkpoint"),
             (["resnet_tiny_cifar", "--checkpoint=nowhere.pth"], "there is no file nowhere.pth"),
             (["SAVED", "--attacked=nowhere"], "nowhere holds no attacked images"),
+            (["SAVED", "--attacked=nowhere", "--eps=8/255"], "nowhere holds"),
+            (["SAVED", "--attacked=nowhere", "--eps=4/255"], "--eps means nothing with --attacked"),
+            (["SAVED", "--attacked=nowhere", "--batch-size=7"], "--batch-size means nothing with --attacked"),
+            (["SAVED", "--transfer-from=SAVED"], "--transfer-from is for the attacks 'adaptive' and 'transfer'"),
+            (["SAVED", "--evidence=2", "--norm=l1", "--attacks", "--output=out"], "no evidence of honest gradients"),
+            (["SAVED", "--corruptions=-1", "--output=out"], "must be 0 or more"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
@@ -164,6 +181,13 @@ class TestEvaluate:
             save_pretrained(with_fsr(tiny_resnet()), tmp_path / "RGB")
         named = [str(saved) if argument == "SAVED" else argument for argument in arguments]
         assert message in error_of(["evaluate", *named], capsys)
+
+    @pytest.mark.parametrize("command", [["evaluate"], ["push"], ["card"]], ids=" ".join)
+    def test_the_folder_of_a_run_points_to_the_model_in_it(self, tmp_path, capsys, command):
+        save_pretrained(with_fsr(tiny_resnet(in_chans=1)), tmp_path / "run" / "best")
+        names = ["user/name"] if command != ["evaluate"] else []
+        message = error_of([*command, str(tmp_path / "run"), *names], capsys)
+        assert f"give {tmp_path / 'run' / 'best'}, " in message
 
     def test_a_damaged_checkpoint(self, saved, capsys):
         (saved / "model.safetensors").write_bytes(b"x" * 100)
@@ -250,7 +274,13 @@ class TestEntryPoints:
         assert caught.value.code == 0
         printed = capsys.readouterr().out
         assert printed.startswith("usage: timm-fsr")
-        assert "{train,evaluate,report,models,card,push,convert,demo}" in printed
+        names = ("train", "evaluate", "report", "models", "card", "push", "convert", "demo")
+        assert all(re.search(rf"^  {name} +\w+", printed, re.MULTILINE) for name in names)
+
+    def test_the_version_is_the_packages(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["--version"])
+        assert capsys.readouterr().out == f"timm_fsr {timm_fsr.__version__}\n"
 
     @pytest.mark.parametrize(
         "arguments",
@@ -315,6 +345,6 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     def interrupted(_: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(timm_fsr.cli._COMMANDS, "models", interrupted)
+    monkeypatch.setitem(timm_fsr.cli._COMMANDS, "models", (interrupted, ""))
     assert main(["models"]) == 130
     assert "timm-fsr models: interrupted; what was written so far is whole" in capsys.readouterr().err

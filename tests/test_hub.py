@@ -237,6 +237,7 @@ class TestLoading:
         ("name", "error", "message"),
         [
             ("resnet_tiny_cifar_frs", ValueError, r"unknown model .* did you mean 'resnet_tiny_cifar_fsr'"),
+            ("my_model", ValueError, r"unknown model 'my_model'.*no folder is called so"),
             ("local-dir:nowhere", FileNotFoundError, r"nowhere has no config\.json.*save_pretrained wrote"),
             ("runs/nowhere/best", FileNotFoundError, "there is no folder runs/nowhere/best"),
             ("./model.pth", FileNotFoundError, r"there is no folder \./model\.pth"),
@@ -291,7 +292,8 @@ class TestFromPretrained:
         monkeypatch.chdir(tmp_path)
         save_pretrained(variant(), "owner/name")
         assert timm_fsr.from_pretrained("owner/name").num_classes == CLASSES
-        with pytest.raises(FileNotFoundError, match=r"nobody/nothing is not in the cache"):
+        message = r"there is no folder nobody/nothing here, and as a repository: .*nobody/nothing is not in the cache"
+        with pytest.raises(FileNotFoundError, match=message):
             timm_fsr.from_pretrained("nobody/nothing")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from timm_fsr.notation import parse_number
+from timm_fsr.notation import parse_number, write_options
 from timm_fsr.objectives import AT
 from timm_fsr.recipe import (
     DataOptions,
@@ -69,6 +69,21 @@ class TestReading:
     def test_places_may_be_numbers_or_names(self, write):
         recipe = Recipe.load(write("model: {at: [-1, 'blocks:-1', layer2]}\n"))
         assert recipe.model.at == [-1, "blocks:-1", "layer2"]
+
+    @pytest.mark.parametrize(
+        ("text", "at"),
+        [
+            ("-1", -1),
+            ("stages", "stages"),
+            ("blocks:-1", "blocks:-1"),
+            ("[layer3, -1]", ["layer3", -1]),
+            ("null", None),
+        ],
+    )
+    def test_a_single_place_does_without_brackets(self, write, text, at):
+        recipe = Recipe.load(overrides=[f"--model.at={text}"])
+        assert recipe.model.at == at
+        assert Recipe.load(write(write_options(recipe))) == recipe
 
     def test_dictionaries_take_keys_of_their_own(self, write):
         recipe = Recipe.load(
@@ -133,7 +148,7 @@ class TestRefusals:
             "optim: [epochs]",
             "model: {layer_args: [tau]}",
             "model: {layer_args: {fsr: 3}}",
-            "model: {at: 3}",
+            "model: {at: 1.5}",
             "data: {flip: perhaps}",
             "mixed_precision: fp8",
             "seed: [1]",

@@ -176,6 +176,21 @@ class TestTerms:
             method(**{name: weight})
 
 
+class TestInput:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda x, y: (255 * x, y), "divide them by 255"),
+            (lambda x, y: ((255 * x).byte(), y), "dtype torch.uint8"),
+            (lambda x, y: (x, y + 99), "but the model has"),
+            (lambda x, y: (x, y.float()), "dtype torch.float32; give one int64 class"),
+        ],
+    )
+    def test_what_is_no_batch_of_pixels_with_classes_is_refused(self, model, objective, change, message):
+        with pytest.raises(ValueError, match=message):
+            objective(model, PGD(steps=1), *change(images(), labels()))
+
+
 class TestManners:
     def test_the_attack_touches_no_running_statistics(self, model, objective):
         """Afterwards they are those of one pass in training mode over the images that were shown."""

@@ -121,6 +121,7 @@ class TestCheckImages:
         ("images", "message"),
         [
             (pixels() * 255, r"lie in \[\S+, 2\d\d\S*\] but pixels must lie in \[0, 1\]"),
+            (pixels() * 255, "; divide them by 255$"),
             (pixels() - 0.5, "do not normalise them"),
             (pixels() + 1e-3 + 1.0, "must lie in"),
             (pixels().where(pixels() < 0.5, float("nan")), "must lie in"),

@@ -283,6 +283,12 @@ class TestCost:
             counted = cost.training_flops(Recipe.load(FOLDER / name, ["--model.pretrained=false"]))
             assert float(flops) == float(f"{counted:.1e}"), name
 
+    def test_what_only_changes_another_recipe_is_not_counted(self, cost, capsys):
+        assert cost.main([str(FOLDER / "cifar100.yaml"), str(FOLDER / "cifar10_fast.yaml")]) == 0
+        first, second = capsys.readouterr().out.splitlines()
+        assert "FLOP" not in first
+        assert "FLOP" in second
+
     @pytest.mark.parametrize(
         ("flags", "passes"),
         [

@@ -155,5 +155,5 @@ class TestReadingBack:
             Report.from_dict(values)
 
     def test_a_missing_file_is_named(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
+        with pytest.raises(FileNotFoundError, match=r"there is no report .*nothing\.json; give"):
             Report.load(tmp_path / "nothing.json")

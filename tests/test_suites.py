@@ -233,7 +233,7 @@ class TestFewClasses:
     def test_the_report_says_so(self):
         model = Network(2)
         report = evaluate(model, labelled(model), eps=EPS, attacks=["fab-t"])
-        assert report.conditions["autoattack_nonstandard"]
+        assert report.conditions["autoattack_nonstandard"].startswith("fab-t: non-standard AutoAttack, for 2 classes")
         assert report.conditions["autoattack"].startswith("pyautoattack ")
         assert "fab-t: non-standard AutoAttack, for 2 classes: fab-t tries 1 target" in report.notes[0]
 

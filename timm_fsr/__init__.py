@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from timm_fsr.assessment import assess
     from timm_fsr.corruptions import corrupt
     from timm_fsr.data import ImageData, load_data
-    from timm_fsr.engine import train
+    from timm_fsr.engine import InterruptedRunError, train
     from timm_fsr.evaluation import evaluate
     from timm_fsr.evidence import gather_evidence
+    from timm_fsr.faults import UnsoundError
     from timm_fsr.hub import from_pretrained, save_pretrained
     from timm_fsr.leaderboard import model_info, register_alias
     from timm_fsr.publishing import push_to_hub
@@ -31,11 +32,16 @@ if TYPE_CHECKING:
     from timm_fsr.report import Report
     from timm_fsr.rescoring import rescore
     from timm_fsr.rounding import round_weights
+    from timm_fsr.stages import Stage, Suite
 
 _LATER = {
     "ImageData": "data",
+    "InterruptedRunError": "engine",
     "Recipe": "recipe",
     "Report": "report",
+    "Stage": "stages",
+    "Suite": "stages",
+    "UnsoundError": "faults",
     "assess": "assessment",
     "corrupt": "corruptions",
     "evaluate": "evaluation",
@@ -63,11 +69,15 @@ __all__ = [
     "TRADES",
     "FeatureLayer",
     "ImageData",
+    "InterruptedRunError",
     "Natural",
     "Objective",
     "PixelModel",
     "Recipe",
     "Report",
+    "Stage",
+    "Suite",
+    "UnsoundError",
     "__version__",
     "assess",
     "attach",

@@ -13,9 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from timm_fsr.attacks import PGD
+from timm_fsr.attacks import NORMS, PGD
+from timm_fsr.autoattack import implementation
 from timm_fsr.calibration import calibration
 from timm_fsr.corruptions import CORRUPTIONS, corruption_accuracy
+from timm_fsr.corruptions import library as corruption_library
 from timm_fsr.data import ImageData
 from timm_fsr.evaluation import Standing, evaluate
 from timm_fsr.evidence import gather_evidence
@@ -93,8 +95,12 @@ def assess(
 
     Raises:
         ValueError, ModuleNotFoundError, UnsoundError: see `timm_fsr.evaluate`.
+        ImportError: `imagecorruptions` does not run, or is one that cannot be repeated.
         OSError: the folder cannot be written.
     """
+    if not isinstance(data, ImageData):
+        raise ValueError(f"data is {type(data).__name__}; give what timm_fsr.load_data returns")
+    check_extras(norm, evidence_images=evidence_images, corruption_images=corruption_images)
     folder = Path(folder)
     say = announce or (lambda _: None)
     report = evaluate(
@@ -126,7 +132,7 @@ def assess(
     )
     report.save(folder / REPORT)
     memo = Memo(folder / MEMO, {**_about(report), "versions": report.conditions["versions"]})
-    if evidence_images and norm != "l1":
+    if evidence_images:
         images, labels = _some(model, data, evidence_images)
         evidence = gather_evidence(
             model,
@@ -154,6 +160,25 @@ def assess(
     write_text(folder / EXAMPLES, json.dumps(examples) + "\n")
     write_text(folder / PAGE, render_page([Entry(name or "model", report, examples)]))
     return report
+
+
+def check_extras(norm: str, *, evidence_images: int, corruption_images: int) -> None:
+    """Refuse evidence and corruptions that cannot be had, before hours of attacks.
+
+    Raises:
+        ValueError: a negative number of images, or evidence in a norm that has none.
+        ImportError: they need a package that is not installed, or does not run.
+    """
+    if min(evidence_images, corruption_images) < 0:
+        raise ValueError(
+            f"{evidence_images} images for the evidence and {corruption_images} for corruptions must be 0 or more"
+        )
+    if evidence_images:
+        if norm not in NORMS:
+            raise ValueError(f"there is no evidence of honest gradients for norm={norm!r}, only for {', '.join(NORMS)}")
+        implementation()  # of Square
+    if corruption_images:
+        corruption_library()
 
 
 def _about(report: Report) -> dict[str, Any]:

@@ -29,6 +29,20 @@ LossFunction = Callable[[Tensor], Tensor | Judged]
 NORMS = ("linf", "l2")
 
 
+def check_eps(norm: str, eps: float) -> None:
+    """Refuse what is no radius in pixels of [0, 1].
+
+    Raises:
+        ValueError: a negative or infinite radius, or one in pixels of [0, 255].
+    """
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps={eps} must be 0 or more: it is a radius in pixels of [0, 1], such as 8/255")
+    if norm == "linf" and eps > 1:
+        raise ValueError(
+            f"eps={eps:g} is more than pixels in [0, 1] can change by; eps is in these units: write {eps:g}/255"
+        )
+
+
 class Kept:
     """Of each image the best of several attacked ones: a misclassified one before others, then that of highest loss.
 
@@ -100,8 +114,7 @@ class PGD:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r} is unknown; use one of {', '.join(map(repr, NORMS))}")
-        if not 0 <= self.eps < float("inf"):
-            raise ValueError(f"eps={self.eps} must be 0 or more: it is a radius in pixels of [0, 1], such as 8/255")
+        check_eps(self.norm, self.eps)
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"steps={self.steps} and restarts={self.restarts} must be at least 1")
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
@@ -196,7 +209,7 @@ class FGSM:
         eps: radius of the ball, in pixels of [0, 1].
 
     Raises:
-        ValueError: an unknown norm or a negative eps.
+        ValueError: an unknown norm, or an eps out of range.
     """
 
     random_start: ClassVar[bool] = False
@@ -239,8 +252,9 @@ class NFGSM:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if not (0 <= self.eps < float("inf") and 0 <= self.noise < float("inf")):
-            raise ValueError(f"eps={self.eps} (pixels) and noise={self.noise} (multiples of eps) must be 0 or more")
+        check_eps("linf", self.eps)
+        if not 0 <= self.noise < float("inf"):
+            raise ValueError(f"noise={self.noise} must be 0 or more: it is a width in multiples of eps")
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size={self.step_size} must be positive and finite, or None for eps")
 

@@ -86,7 +86,7 @@ def put_together(parts: Sequence[Part], norm: str, eps: float, seed: int) -> Rep
         notes=(*notes, *_square_notes(stages)),
         conditions={
             "batch_size": max(len(batch.labels) for batch in batches),
-            "autoattack_nonstandard": any("non-standard" in note for note in notes),
+            "autoattack_nonstandard": next((note for note in notes if "non-standard" in note), ""),
             **({"autoattack": implementation_version()} if set(attacks) & set(AUTOATTACK_SUITES) else {}),
         },
     )

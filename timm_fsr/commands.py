@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from timm_fsr.assessment import PAGE, REPORT, assess, check_classes, load_entry
+from timm_fsr.assessment import PAGE, REPORT, assess, check_classes, check_extras, load_entry
 from timm_fsr.data import EMBEDDED, ImageData, load_data
 from timm_fsr.evaluation import Standing, evaluate
 from timm_fsr.files import staged, write_text
@@ -40,12 +40,17 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     options = _evaluate_parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     if options.attacked:
+        _check_attacked(options)
         _rescore(options, console)
         return
     _check_options(options)
     accelerator = join_processes()
     console.quiet = accelerator is not None and not accelerator.is_main_process
-    device = options.device if accelerator is None else accelerator.device
+    device = _default_device() if options.device is None else options.device
+    if accelerator is not None:
+        if options.device is not None:
+            raise ValueError("--device is for one process; `accelerate launch` gives each its own: leave it out")
+        device = accelerator.device
     model = _load_model(options, device)
     sources = {source: load(source, pretrained=True).to(device) for source in options.transfer_from}
     data = _load_images(options, progress=not console.quiet)
@@ -112,13 +117,16 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="timm-fsr evaluate", description=_EVALUATE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a folder that train wrote, or the timm name of a model with weights (hf-hub:)")
+    parser.add_argument(
+        "model", help="a folder such as train's OUTPUT/best, or the timm name of a model with weights (hf-hub:)"
+    )
     parser.add_argument(
         "--checkpoint", help="file of weights (.safetensors or .pth) for a model given by its timm name"
     )
     parser.add_argument("--num-classes", type=int, help="classes of a model whose weights come from --checkpoint")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default=EMBEDDED, help="data set: embedded, folder, Parquet, npz or Hub id")
+    kinds = "a folder (images, Parquet, IDX), a file (Parquet, npz) or a Hub id"
+    data.add_argument("--data", default=EMBEDDED, help=f"{EMBEDDED} (embedded, the default), {kinds}")
     data.add_argument("--split", default="test")
     data.add_argument("--config", help="configuration of a Hub data set")
     data.add_argument("--image-column")
@@ -156,14 +164,28 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         help="common corruptions, 15 in 5 severities, of so many",
     )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=_device, default=default, help=f"cpu, cuda, ... (default {default})")
+    parser.add_argument("--device", type=_device, help=f"cpu, cuda, ... (default {_default_device()})")
     return parser
+
+
+def _check_attacked(options: argparse.Namespace) -> None:
+    """Refuse what --attacked, which attacks nothing and writes nothing, has no use for."""
+    parser = _evaluate_parser()
+    used = ("model", "checkpoint", "num_classes", "attacked", "device")
+    for name, value in vars(options).items():
+        if name not in used and value != parser.get_default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} means nothing with --attacked, which only tries the images of another "
+                "evaluation; leave it out"
+            )
 
 
 def _check_options(options: argparse.Namespace) -> None:
     """Refuse what cannot work before models and images are loaded."""
     check_names(options.attacks, options.norm, options.eps, sources=bool(options.transfer_from))
+    if options.transfer_from and not {"adaptive", "transfer"} & set(options.attacks):
+        raise ValueError("--transfer-from is for the attacks 'adaptive' and 'transfer'; name one with --attacks")
+    check_extras(options.norm, evidence_images=options.evidence, corruption_images=options.corruptions)
     needs_folder = {
         "--save-images": options.save_images,
         "--evidence": options.evidence,
@@ -175,8 +197,6 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"{flag} needs a folder to write to; add --output FOLDER")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size={options.batch_size} must be 1 or more")
-    if min(options.evidence, options.corruptions) < 0:
-        raise ValueError("--evidence and --corruptions take a number of images, 0 or more")
     if options.output:
         if Path(options.output).suffix in (".json", ".html") or Path(options.output).is_file():
             raise ValueError(f"--output takes a folder, for several files, but {options.output} is a file's name")
@@ -210,7 +230,7 @@ def _load_images(options: argparse.Namespace, *, progress: bool) -> ImageData:
 
 
 def _rescore(options: argparse.Namespace, console: Console) -> None:
-    model = _load_model(options, options.device)
+    model = _load_model(options, options.device or _default_device())
     for suite, outcome in rescore(model, options.attacked).items():
         console.print(f"{options.model} on images attacked by {suite}: {outcome.sentence()}", markup=False)
 
@@ -228,6 +248,10 @@ def _print_report(report: Report, options: argparse.Namespace, console: Console)
     console.print(f"{options.model} on {report.conditions['data']}: {report.summary()}", markup=False)
     if options.output:
         console.print(f"results in {options.output}: {REPORT}, {PAGE}", markup=False)
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _device(text: str) -> torch.device:

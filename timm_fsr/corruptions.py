@@ -83,11 +83,11 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int, first_index:
     check_images(images)
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images have {images.shape[1]} channels; corruptions are defined for 1 (grey) and 3 (RGB)")
-    library = _library()
+    module = library()
     pixels = images.detach().float().mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)
     with _numpy_state_kept():
         corrupted = [
-            _corrupt_one(library, image, name, severity, _words(seed, name, severity, index))
+            _corrupt_one(module, image, name, severity, _words(seed, name, severity, index))
             for index, image in enumerate(pixels.expand(-1, -1, -1, 3).numpy(), first_index)
         ]
     result = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2).double().div(255)
@@ -128,7 +128,7 @@ def corruption_accuracy(
     for name in names:
         for severity in severities:
             _check_kind(name, severity)
-    _library()
+    library()
     pixel_model = as_pixel_model(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right = {name: dict.fromkeys(severities, 0) for name in names}
@@ -172,7 +172,7 @@ def _check_kind(name: str, severity: int) -> None:
         raise ValueError(f"severity={severity!r} does not exist; use 1 (mildest), 2, 3, 4 or 5")
 
 
-def _library() -> Any:
+def library() -> Any:
     """The module `imagecorruptions`, of which the older package of that very name does not run any more."""
     remedy = 'install it with `pip install "timm-fsr[corruptions]"`'
     try:

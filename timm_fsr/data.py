@@ -168,7 +168,7 @@ def load_data(
         The split on the CPU, in its stored order.
 
     Raises:
-        FileNotFoundError: the path does not exist.
+        FileNotFoundError: the path does not exist (one that could be a Hub id, "a/b", is looked for there: ValueError).
         ValueError: the source, split, column, label or image cannot be read; the message says what to change.
     """
     box = (size, size) if isinstance(size, int) else size

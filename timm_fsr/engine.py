@@ -59,10 +59,13 @@ def train(recipe: Recipe) -> nn.Module:
         `metrics.jsonl`, `recipe.yaml`, `report.json` and `training.png`.
 
     Raises:
-        ValueError: something in the recipe cannot work; raised before training.
+        ValueError: something in the recipe cannot work; raised before training, as the next two are.
+        FileNotFoundError: there is no such model or data.
+        ModuleNotFoundError: a tracker or an attack needs a package that is not installed.
         FileExistsError: the output folder holds a run, and neither `resume` nor `overwrite` is on.
         FloatingPointError: the loss became NaN or infinite; the state before is saved.
         InterruptedRunError: SIGTERM came; the state is saved.
+        UnsoundError: the evaluation at the end cannot judge the model; the trained model is saved.
     """
     recipe.check()
     check_trackers(recipe.trackers)

@@ -89,7 +89,7 @@ def evaluate(
         eps: radius, in pixels of [0, 1].
         attacks: by name; docs/evaluation.md lists them. "fgsm", "pgd20", "pgd100x5" (restarts), "cw30", "apgd100",
             "official" (what the FSR repository tests), "standard", "plus", "rand" (AutoAttack), its components alone,
-            "adaptive", "transfer"; or a `Suite` of your own.
+            "adaptive", "transfer"; or a `timm_fsr.Suite` of your own.
         seed: of the random starts.
         name: of the model, for the report.
         data_name: of the data, for the report.

@@ -133,10 +133,14 @@ def from_pretrained(
         ConnectionError: the Hub cannot be reached, or is busy.
     """
     name = str(name)
-    if "/" in name and ":" not in name and not Path(name).is_dir() and re.fullmatch(_REPOSITORY, name):
-        name = f"hf-hub:{name}"
     given = {"num_classes": num_classes, "in_chans": in_chans, "cache_dir": cache_dir}
-    return load(name, pretrained=True, **{key: value for key, value in given.items() if value is not None}, **kwargs)
+    arguments = {**{key: value for key, value in given.items() if value is not None}, **kwargs}
+    if "/" in name and ":" not in name and not Path(name).is_dir() and re.fullmatch(_REPOSITORY, name):
+        try:
+            return load(f"{HUB}{name}", pretrained=True, **arguments)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no folder {name} here, and as a repository: {error}") from error
+    return load(name, pretrained=True, **arguments)
 
 
 def load(name: str, **kwargs: Any) -> nn.Module:
@@ -196,7 +200,7 @@ def resolve(name: str) -> str:
             f"there is no folder {name}; give one that save_pretrained wrote, a timm model name, or hf-hub:user/name "
             "for a model of the Hub"
         )
-    raise ValueError(unknown("model", name, timm.list_models()) + "; see timm.list_models()")
+    raise ValueError(f"{unknown('model', name, timm.list_models())}; no folder is called so; see timm.list_models()")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -228,9 +232,9 @@ def _checked(name: str, cache_dir: str | None) -> str:
 def _check_config(path: Path, source: str | None = None) -> None:
     """Refuse a configuration that is missing or damaged, of a newer format or an unknown architecture."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} has no {CONFIG}, so it is no saved model; give a folder that save_pretrained wrote"
-        )
+        best = path.parent / "best"
+        remedy = f"{best}, which training chose" if (best / CONFIG).is_file() else "a folder that save_pretrained wrote"
+        raise FileNotFoundError(f"{path.parent} has no {CONFIG}, so it is no saved model; give {remedy}")
     source = source or str(path)
     try:
         config = json.loads(path.read_bytes())

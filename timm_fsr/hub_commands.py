@@ -75,7 +75,7 @@ def push_command(arguments: Sequence[str]) -> None:
         description="Publish a model with its report, recipe and card in one commit. The access token is HF_TOKEN or "
         "the one stored by `hf auth login`. Nothing is sent unless every part is there and belongs to the others.",
     )
-    parser.add_argument("folder", help="that train or save_pretrained wrote")
+    parser.add_argument("folder", help="such as train's OUTPUT/best, or one that save_pretrained wrote")
     parser.add_argument("repo_id", help="user/name; the repository is made if it does not exist")
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument("--private", action="store_true", default=None, help="make a new repository private")

@@ -26,7 +26,7 @@ class ModelOptions:
             this package such as "resnet_tiny_cifar_fsr.at_fashion_mnist").
         layer: the feature layer to put on it ("fsr"); null trains it as it is. This line alone decides what is
             compared: the next two describe layers and say nothing of a plain model.
-        at: places, as in `timm_fsr.attach`; null takes the layer's own.
+        at: places, as in `timm_fsr.attach` (-1, stages, [layer3, layer4]); null takes the layer's own.
         layer_args: keyword arguments of each layer by its name: {fsr: {hidden: 16}}.
         args: further keyword arguments of `timm.create_model`.
         pretrained: start from timm's weights of the backbone.
@@ -34,7 +34,7 @@ class ModelOptions:
 
     name: str = "resnet_tiny_cifar"
     layer: str | None = "fsr"
-    at: list[int | str] | None = None
+    at: list[int | str] | int | str | None = None
     layer_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
@@ -50,6 +50,8 @@ class ModelOptions:
         Raises:
             FileNotFoundError: no such folder, or no model in it.
         """
+        if self.layer == "none":
+            raise ValueError("model.layer=none is no layer; write null for the model as it is")
         for name in (*self.layer_args, *filter(None, [self.layer])):
             check_layer_args(layer_class(name), self._args_of(name))
         if not is_trained(resolve(self.name)):

@@ -65,7 +65,7 @@ def read_options(options: type[Options], arguments: Sequence[str], parser: Argum
     for key, value in _flags(arguments):
         if key == "config" and value is not None:
             _check_keys(options, _read_yaml(Path(value)), f" in {value}")
-        elif key not in ("config", "help"):
+        elif key not in ("config", "help", "print_config"):
             _check_keys(options, _nested(key, value), "")
     try:
         values = vars(parser.instantiate(parser.parse_args(list(arguments))))

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_fsr.attacks import Attack, LossFunction, attack_mode
 from timm_fsr.passes import attack_loss, divergence, forward, gradient_misalignment, joins_attacks, joint_forward
+from timm_fsr.pixels import check_images
 from timm_fsr.sites import Tape, record
 from timm_fsr.surrogates import feature_layers
 
@@ -76,6 +77,9 @@ class Objective:
             images: clean images.
             labels: their classes.
             generator: of the attack's random start.
+
+        Raises:
+            ValueError: images outside [0, 1] or of another dtype, or labels that the model has no class for.
         """
         adversarial = self.craft(model, attack, images, labels, generator=generator)
         return self.terms(model, attack, images, adversarial, labels)
@@ -105,11 +109,15 @@ class Objective:
 
         Under DistributedDataParallel the attack runs through the wrapped module: passing the wrapper would
         synchronise buffers in each step and could pair up wrong collectives.
+
+        Raises:
+            ValueError: see `__call__`.
         """
+        inner = unwrapped(model)
+        check_images(images, labels, getattr(getattr(inner, "model", inner), "num_classes", None))
         if not self.attacks:
             return images
         self.check_attack(attack)
-        inner = unwrapped(model)
         with attack_mode(inner):
             return attack(self.attack_loss(inner, images, labels), images, generator=generator)
 

@@ -53,6 +53,8 @@ def read_parts(folder: str | Path) -> Parts:
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS, REPORT, RECIPE) if not (folder / name).is_file()]
+    if CONFIG in missing and (folder / "best" / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; give {folder / 'best'}, the model that training chose")
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(missing)}; a published model has its weights, the report of its evaluation and "

@@ -70,10 +70,10 @@ def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int 
         raise ValueError("the batch of images is empty; give at least one image")
     low, high = (float(value) for value in torch.aminmax(images.detach()))
     if not (low >= 0 and high <= 1):  # also true for NaN
-        raise ValueError(
-            f"images lie in [{low:.4g}, {high:.4g}] but pixels must lie in [0, 1]; do not normalise them: "
-            "the model's mean and std are applied inside (timm_fsr.PixelModel)"
-        )
+        remedy = "do not normalise them: the model's mean and std are applied inside (timm_fsr.PixelModel)"
+        if low >= 0 and 2 < high <= 255:
+            remedy = "divide them by 255"
+        raise ValueError(f"images lie in [{low:.4g}, {high:.4g}] but pixels must lie in [0, 1]; {remedy}")
     if labels is None:
         return
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:

@@ -168,6 +168,8 @@ class Report:
             FileNotFoundError: no such file.
             ValueError: no such report in it.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no report {path}; give the report.json that an evaluation has written")
         try:
             values = json.loads(Path(path).read_bytes())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

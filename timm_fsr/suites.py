@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_fsr.adaptive import adaptive_stages, transfer_stage
 from timm_fsr.apgd import APGD
-from timm_fsr.attacks import FGSM, PGD, Attack, judged_loss
+from timm_fsr.attacks import FGSM, PGD, Attack, check_eps, judged_loss
 from timm_fsr.autoattack import COMPONENTS, VERSIONS, Component, implementation, nonstandard, usable
 from timm_fsr.autoattack import NORMS as AUTOATTACK_NORMS
 from timm_fsr.layers.base import unknown
@@ -90,10 +90,7 @@ def check_names(names: Sequence[str], norm: str, eps: float, *, sources: bool = 
         ValueError: an unknown name (the message names the nearest), or a norm or eps that it does not have.
         ModuleNotFoundError: it needs a package that is not installed.
     """
-    if norm == "linf" and eps > 1:
-        raise ValueError(
-            f"eps={eps:g} is more than pixels in [0, 1] can change by; eps is in these units: write {eps:g}/255"
-        )
+    check_eps(norm, eps)
     for name in expand_names(names):
         if name in AUTOATTACK_SUITES:
             for component in AUTOATTACK_SUITES[name][1]:
