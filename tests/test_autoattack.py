@@ -6,9 +6,14 @@ original code (github fra31/auto-attack at commit a392200, MIT) made of them wit
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import logging
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +23,16 @@ from torch import Tensor, nn
 
 from timm_fsr import autoattack
 from timm_fsr.attacks import attack_mode
-from timm_fsr.autoattack import COMPONENTS, NORMS, VERSIONS, Component, nonstandard, usable
+from timm_fsr.autoattack import (
+    COMPONENTS,
+    NORMS,
+    VERSIONS,
+    Component,
+    implementation_version,
+    nonstandard,
+    usable,
+)
+from timm_fsr.evaluation import evaluate
 
 pytest.importorskip("pyautoattack")
 
@@ -103,8 +117,61 @@ class TestTheOriginal:
             run_version(network, images, labels, norm, eps[norm], version), expected, rtol=0, atol=0
         )
 
+    def test_evaluate_gives_its_outcomes(self, golden, network, eps):
+        images, labels = golden["images"][:6], golden["labels"][:6]
+        expected = network(run_version(network, images, labels, "l2", eps["l2"], "rand")).argmax(1) == labels
+        report = evaluate(network, (images, labels), norm="l2", eps=eps["l2"], attacks=["rand"])
+        assert list(report.correct.values())[-1].tolist() == expected.tolist()
+        assert 0 < int(expected.sum()) < int(report.correct["clean"].sum()), "it says nothing if all or none break"
+
+    def test_the_authors_own_package_is_taken_where_that_is_installed(self, golden, network, monkeypatch):
+        """`autoattack` from its repository prints, unless it is told not to."""
+        import pyautoattack
+
+        asked: list[dict[str, Any]] = []
+
+        class AutoAttack(pyautoattack.AutoAttack):
+            def __init__(self, *args: Any, verbose: bool, **options: Any) -> None:
+                asked.append({"verbose": verbose})
+                super().__init__(*args, **options)
+
+        theirs = types.ModuleType("autoattack")
+        theirs.AutoAttack = AutoAttack
+        find_spec = importlib.util.find_spec
+        monkeypatch.setitem(sys.modules, "autoattack", theirs)
+        images, labels = golden["images"][:2], golden["labels"][:2]
+        expected = Component("apgd-ce", "linf", 0.1, 0)(network, images, labels, 10)
+        assert asked == []
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n: find_spec(n) if n != "pyautoattack" else None)
+        theirs.__spec__ = importlib.machinery.ModuleSpec("autoattack", None)
+        assert implementation_version() == "autoattack"
+        assert torch.equal(Component("apgd-ce", "linf", 0.1, 0)(network, images, labels, 10), expected)
+        assert asked == [{"verbose": False}]
+
 
 class TestTraps:
+    def test_neither_a_tracer_nor_the_verdict_on_another_model_is_changed(self, golden, network):
+        """The reference's own checks take the tracer away and call every model after a dynamic one dynamic too."""
+
+        class Dynamic(nn.Module):
+            def forward(self, given: Tensor) -> Tensor:
+                with torch.enable_grad():
+                    point = given.detach().requires_grad_(True)
+                    (gradient,) = torch.autograd.grad(network(point).sum(), point)
+                return network(given + 0.01 * gradient)
+
+        def tracer(*_: Any) -> None:
+            return None
+
+        pair, before = (golden["images"][:2], golden["labels"][:2]), sys.gettrace()
+        sys.settrace(tracer)
+        try:
+            found = [evaluate(model, pair, eps=0.01, attacks=["apgd-ce"]) for model in (Dynamic(), network)]
+            assert sys.gettrace() is tracer
+        finally:
+            sys.settrace(before)
+        assert ["computes gradients in its forward" in " ".join(report.notes) for report in found] == [True, False]
+
     def test_the_default_generator_and_parameter_gradients_are_left_alone(self, golden, network):
         network.requires_grad_(True)
         before = torch.get_rng_state()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 import timm_fsr
 from timm_fsr.cards import check_card, render_card
+from timm_fsr.model_options import ModelOptions
 from timm_fsr.parts import Parts, read_parts
 from timm_fsr.pretrained import embedded_pretrained
+from timm_fsr.recipe import Recipe
 from timm_fsr.report import Report
 
 CARDS = Path(__file__).parents[1] / "hub_cards"
@@ -53,6 +56,16 @@ RECIPE = {
     "data": {"source": "uoft-cs/cifar10"},
     "objective": {"name": "trades"},
 }
+
+
+def full_recipe(layer: str | None) -> dict[str, Any]:
+    """What training writes down of its recipe."""
+    return yaml.safe_load(dataclasses.replace(Recipe(), seed=5, model=ModelOptions(layer=layer)).to_yaml())
+
+
+def trained_by(recipe: dict[str, Any]) -> Report:
+    """A baseline's report that carries the recipe."""
+    return report(conditions={**CONDITIONS, "recipe": recipe})
 
 
 def parts(tmp_path: Path, found: Report | None = None, recipe: dict[str, Any] | None = None, **kwargs: Any) -> Parts:
@@ -144,6 +157,39 @@ class TestText:
         assert "\nSame epochs, attack, seed and images.\n" in text
         found, bare = tmp_path / "bare", report(conditions={})
         assert "\nSame " not in render_card(parts(found, bare), REPO, baseline=bare)
+
+    @pytest.mark.parametrize(
+        ("section", "change", "message"),
+        [
+            ("optim", {"ema_decay": 0.999}, r"layer: optim\.ema_decay \(0\.0 and 0\.999\); train both alike"),
+            ("optim", {"awp_gamma": 0.01}, r"optim\.awp_gamma \(0\.0 and 0\.01\)"),
+            ("optim", {"lr": 0.5}, r"optim\.lr \(0\.1 and 0\.5\)"),
+            ("optim", {"batch_size": 4096}, r"optim\.batch_size \(128 and 4096\)"),
+            ("data", {"flip": False}, r"data\.flip \(True and False\)"),
+            ("model", {"name": "wrn34_10_cifar"}, r"model\.name \(resnet_tiny_cifar and wrn34_10_cifar\)"),
+            ("model", {"args": {"stem_width": 4}}, r"model\.args \(\{\} and \{'stem_width': 4\}\)"),
+            ("model", {"layer": "cas"}, "the baseline was trained with the layer 'cas'"),
+        ],
+    )
+    def test_a_baseline_of_another_budget_is_refused(self, tmp_path, section, change, message):
+        ours, theirs = full_recipe("fsr"), full_recipe(None)
+        theirs[section] |= change
+        with pytest.raises(ValueError, match=message):
+            render_card(parts(tmp_path, recipe=ours), REPO, baseline=trained_by(theirs))
+
+    def test_a_baseline_of_the_same_recipe_says_so(self, tmp_path):
+        ours, theirs = full_recipe("fsr"), full_recipe(None)
+        ours["model"] |= {"name": "resnet_tiny_cifar_fsr", "at": [-1], "layer_args": {"fsr": {"hidden": 4}}}
+        theirs["data"]["workers"] = 3
+        text = render_card(parts(tmp_path, recipe=ours), REPO, baseline=trained_by(theirs))
+        assert "; the recipes differ in the layer alone.\n" in text
+        assert "has not been checked" not in text
+
+    def test_what_is_unknown_of_a_baseline_is_not_called_the_same(self, tmp_path):
+        for number, baseline in enumerate((report(), trained_by({"model": {"name": "resnet_tiny_cifar"}}))):
+            text = render_card(parts(tmp_path / str(number), recipe=full_recipe("fsr")), REPO, baseline=baseline)
+            assert "in the layer alone" not in text
+            assert "does not carry a whole recipe" in text
 
     def test_a_model_is_not_its_own_baseline(self, tmp_path):
         own = report(conditions={**CONDITIONS, "weights_sha256": "abc"})

@@ -196,6 +196,7 @@ def _evaluate_shared(folder: str) -> None:
     accelerator = join_processes()
     assert accelerator is not None
     report = evaluate(network(), batches(), attacks=ATTACKS, folder=folder, accelerator=accelerator)
+    assert report.conditions["processes"] == 2
     report.save(Path(folder) / f"rank{accelerator.process_index}.json")
 
 
@@ -239,6 +240,12 @@ def _evaluate_unlike(folder: str) -> None:
     evaluate(Wavering(network()), batches(), attacks=["fgsm"], folder=folder, accelerator=accelerator)
     with pytest.raises(ValueError, match="another evaluation: its seed is 0"):
         evaluate(Wavering(network()), batches(), attacks=[], seed=1, folder=folder, accelerator=accelerator)
+    # Shuffled by each process on its own, some images would be judged twice and others never.
+    first, second, *rest = batches()
+    for shuffled, what in (([second, first, *rest], "first batches"), ([first, *rest, second], "images or labels")):
+        data = batches() if accelerator.is_main_process else shuffled
+        with pytest.raises(ValueError, match=f"the processes have different {what} .* in the same order"):
+            evaluate(network(), data, attacks=[], accelerator=accelerator)
     (Path(folder) / f"{accelerator.process_index}.txt").write_text(str(asked))
 
 

@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_resnet, with_fsr
 from torch import Tensor, nn
 
+import timm_fsr.adaptive
 import timm_fsr.evidence
 from timm_fsr.evidence import gather_evidence
 from timm_fsr.subject import Subject
@@ -199,6 +200,16 @@ def test_parts_that_are_kept_are_not_gathered_again():
     assert again["noise"]["clean"] == 0.123
     assert again["square"] == first["square"]
     assert again["findings"] == first["findings"]
+
+
+def test_the_defaults_are_strong():
+    """1,000 steps and ten restarts; weaker ones would call masked gradients honest."""
+    assert timm_fsr.evidence.STEPS == (10, 50, 100, 1000)
+    assert timm_fsr.evidence.RESTARTS == (1, 5, 10)
+    factors = timm_fsr.evidence.EPS_FACTORS
+    assert (factors[0], factors[-1]) == (0.0, 64.0)
+    assert factors[-1] * 8 / 255 > 1, "the sweep has to reach a grey image"
+    assert timm_fsr.adaptive.STEPS == 100
 
 
 class TestFeatureLayers:

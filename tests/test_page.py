@@ -250,6 +250,23 @@ class TestSideBySide:
     def test_what_cannot_be_compared_is_said(self, changes, warning):
         assert warning in words(render_page([Entry("a", report()), Entry("b", report(**changes))]))
 
+    def test_unequal_budgets_are_said(self):
+        def trained(layer: str | None, ema_decay: float, data: str = "a") -> Report:
+            recipe = {"model": {"name": "resnet18", "layer": layer}, "optim": {"ema_decay": ema_decay}}
+            return report(conditions={"data_fingerprint": "1", "recipe": recipe, "training_data": data})
+
+        def page(*reports: Report) -> str:
+            return words(render_page([Entry(f"model {index}", one) for index, one in enumerate(reports)]))
+
+        assert "trained differently" not in page(trained(None, 0), trained("fsr", 0))
+        assert "trained differently" not in page(report(), trained("fsr", 0.9))  # the first one does not say
+        assert "model 0 and model 1 were trained differently, the layer aside: optim.ema_decay (0 and 0.9)." in page(
+            trained(None, 0), trained("fsr", 0.9)
+        )
+        assert "trained differently, the layer aside: training data (a and b)." in page(
+            trained(None, 0), trained(None, 0, "b")
+        )
+
     def test_curves_are_drawn_together(self):
         page = render_page([Entry("a", full()), Entry("b", full())])
         assert page.count("<polyline") == 2 * 3 + 2 * 3

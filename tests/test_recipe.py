@@ -15,7 +15,7 @@ from tiny import label_scale_registered
 from timm_fsr.attacks import PGD
 from timm_fsr.demo import quickstart_recipe
 from timm_fsr.hub import save_pretrained
-from timm_fsr.objectives import AT, Natural
+from timm_fsr.objectives import AT, TRADES, Natural
 from timm_fsr.recipe import (
     AttackOptions,
     CheckpointOptions,
@@ -155,6 +155,31 @@ class TestCheck:
             schedule.step_update(step)
             found.append(optimizer.param_groups[0]["lr"])
         assert found == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+    @pytest.mark.parametrize(
+        ("name", "lr", "step_size", "padding", "flip"),
+        [
+            ("cifar10_resnet18", 0.1, 2 / 255, 4, True),
+            ("cifar10_vgg16_bn", 0.1, 2 / 255, 4, True),
+            ("cifar10_wrn34_10", 0.1, 2 / 255, 4, True),
+            ("svhn_resnet18", 0.01, 1 / 255, 0, False),
+        ],
+    )
+    def test_the_papers_recipes_differ_where_the_paper_does(self, name, lr, step_size, padding, flip):
+        recipe = Recipe.load(RECIPES[0].with_stem(name))
+        assert recipe.attack.build() == PGD(eps=8 / 255, steps=10, step_size=step_size)
+        data, optim = recipe.data, recipe.optim
+        assert (data.crop_padding, data.flip) == (padding, flip)
+        assert (optim.optimizer, optim.lr, optim.momentum, optim.decay_all) == ("momentum", lr, 0.9, True)
+        assert (optim.schedule, optim.milestones, optim.gamma) == ("step", [74, 89], 0.1)
+        assert (optim.epochs, optim.batch_size, optim.weight_decay) == (100, 128, 5e-4)
+        assert (optim.ema_decay, optim.awp_gamma) == (0, 0)
+
+    def test_the_recipe_with_generated_images_is_its_papers(self):
+        recipe = Recipe.load(RECIPES[0].with_stem("cifar10_generated"))
+        assert recipe.objective.build() == TRADES(beta=5, label_smoothing=0.1)
+        assert (recipe.data.extra_fraction, recipe.optim.ema_decay) == (0.7, 0.995)
+        assert (recipe.optim.batch_size, recipe.optim.lr, recipe.optim.weight_decay) == (512, 0.2, 5e-4)
 
     def test_the_quickstart_recipe_is_the_demos(self):
         assert Recipe.load(RECIPES[0].with_stem("fashion_mnist_quickstart")) == quickstart_recipe()

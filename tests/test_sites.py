@@ -147,6 +147,15 @@ def test_a_wrapped_model_is_refused(wrap: Any) -> None:
         timm_fsr.attach(wrap(tiny_resnet()))
 
 
+def test_a_copy_by_data_parallel_says_what_to_do_instead() -> None:
+    """It would run the original's layer: on another device an error without a remedy, on the same one unnoticed."""
+    model = with_fsr(tiny_resnet())
+    module = model.get_submodule(model.fsr.sites[0].path)
+    copy = module._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"do not work in torch\.nn\.DataParallel .* use DistributedDataParallel"):
+        next(iter(copy._forward_hooks.values()))(copy, (), torch.zeros(1, 1, 1, 1))
+
+
 def test_a_module_outside_timm_needs_a_name() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

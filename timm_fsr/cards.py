@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from timm_fsr.budget import differences, listed, same_keys
 from timm_fsr.metadata import (
     check_license,
     check_repo_id,
@@ -68,7 +70,7 @@ def render_card(
     if base_model is not None:
         check_repo_id(base_model)
         started = found = base_model
-    comparison = None if baseline is None else _comparison(parts.report, publishable(baseline))
+    comparison = None if baseline is None else _comparison(parts, publishable(baseline))
     body = _body(parts, repo_id=repo_id, tag=tag, license=license, started=started, baseline=comparison)
     return f"---\n{metadata(parts, repo_id, license, found).to_yaml()}\n---\n\n{body}\n"
 
@@ -172,12 +174,41 @@ def _mean_corruption(report: Report) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def _comparison(report: Report, baseline: Report) -> dict[str, Any]:
+def _comparison(parts: Parts, baseline: Report) -> dict[str, Any]:
     """The baseline's figures beside the model's, and whether chance explains the difference in the worst case."""
-    same = _common(report, baseline)
+    report = parts.report
+    same, whole = _common(report, baseline), _check_recipes(parts.recipe, baseline.conditions.get("recipe"))
     gained, lost, distinguishable = mcnemar(baseline, report, WORST_CASE)
     rows = [(_row(report, name), _row(baseline, name)) for name in (*report.correct, WORST_CASE)]
-    return {"rows": rows, "gained": gained, "lost": lost, "distinguishable": distinguishable, "same": same}
+    return {
+        "rows": rows,
+        "gained": gained,
+        "lost": lost,
+        "distinguishable": distinguishable,
+        "same": same,
+        "whole": whole,
+    }
+
+
+def _check_recipes(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> bool:
+    """Whether the recipes of a model and of its baseline are known to be the same, but for the layer.
+
+    Raises:
+        ValueError: they are known to differ in more, or the baseline has a layer too.
+    """
+    if theirs is None:
+        return False
+    layer = theirs.get("model", {}).get("layer")
+    if layer is not None:
+        raise ValueError(
+            f"the baseline was trained with the layer {layer!r}; give the report of the training without a layer"
+        )
+    if found := differences(ours, theirs):
+        raise ValueError(
+            f"the recipe of the baseline differs from the model's in more than the layer: {listed(found)}; train both "
+            "alike"
+        )
+    return same_keys(ours, theirs)
 
 
 def _common(report: Report, baseline: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from timm_fsr.inference import Batches, as_batches, check_channels, full_precisi
 from timm_fsr.outcomes import CLEAN, Journal, KnownSuite, open_journal, suite_key
 from timm_fsr.pixels import as_pixel_model, check_images
 from timm_fsr.report import Report
-from timm_fsr.sharing import from_main
+from timm_fsr.sharing import check_agreement, from_main
 from timm_fsr.soundness import Soundness, check_attacked, check_logits, check_model, examine
 from timm_fsr.stages import Stage, Suite
 from timm_fsr.suites import Target, build_suites, check_names
@@ -105,7 +106,8 @@ def evaluate(
 
     Raises:
         ValueError: an unknown attack, images outside [0, 1], labels that do not fit, a model that does not return
-            one finite row of logits per image, no data, or a folder with another evaluation.
+            one finite row of logits per image, no data, other data on another process, or a folder with another
+            evaluation.
         ModuleNotFoundError: an attack needs a package that is not installed.
         UnsoundError: a feature layer that does not fire, or an attack that leaves the ball.
     """
@@ -131,13 +133,17 @@ def evaluate(
             folder=Path(folder) if folder is not None and save_images else None,
             progress=progress,
         )
+        seen = hashlib.sha256()
         for index, (images, labels) in enumerate(as_batches(data)):
             if index == 0:
+                check_agreement(accelerator, batch_key(0, images, labels), "first batches")
                 with _seeded(seed, index, device):
                     work.prepare(images.to(device), labels.to(device), accelerator)
+            seen.update(batch_key(index, images, labels).encode())
             if index % world == rank:
                 with _seeded(seed, index, device):
                     work.evaluate_batch(index, images.to(device), labels.to(device))
+    check_agreement(accelerator, seen.hexdigest()[:16], "images or labels")
     parts = [work.result()] if accelerator is None else gather_object([work.result()])
     report = put_together(parts, norm, float(eps), seed)
     if save_images and rank == 0:
@@ -347,6 +353,7 @@ def _conditions(model: nn.Module, name: str, data_name: str, device: torch.devic
         "precision": "float32",
         "weights_sha256": weights_digest(model),
         "hardware": hardware(device, world),
+        "processes": world,
         "versions": {**_versions(), "timm": timm.__version__},
         **({"classes": list(classes)} if classes else {}),
     }

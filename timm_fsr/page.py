@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from timm_fsr.budget import differences, listed
 from timm_fsr.charts import Line, bar_chart, heat_map, line_chart
 from timm_fsr.report import SCHEMA_VERSION, WORST_CASE, Report, format_eps
 
@@ -272,7 +273,22 @@ def _warnings(entries: Sequence[Entry]) -> list[str]:
         warnings.append("The models were tried on different images.")
     if len({tuple(report.correct) for report in reports}) > 1:
         warnings.append("Not all attacks were run on all models, so the worst cases do not mean the same.")
+    for other in entries[1:]:
+        if found := _trained_otherwise(entries[0].report, other.report):
+            warnings.append(f"{entries[0].title} and {other.title} were trained differently, the layer aside: {found}.")
     return warnings
+
+
+def _trained_otherwise(one: Report, other: Report) -> str:
+    """What makes the budgets of two trainings unequal, as far as their reports say."""
+    ours, theirs = one.conditions, other.conditions
+    found = [
+        f"{key.replace('_', ' ')} ({ours[key]} and {theirs[key]})"
+        for key in ("training_data", "checkpoint_rule")
+        if key in ours and key in theirs and ours[key] != theirs[key]
+    ]
+    recipes = listed(differences(ours.get("recipe") or {}, theirs.get("recipe") or {}))
+    return ", ".join([*found, *filter(None, [recipes])])
 
 
 def _same_images(one: Report, other: Report) -> bool:

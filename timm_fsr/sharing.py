@@ -6,9 +6,30 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 Result = TypeVar("Result")
+
+
+def check_agreement(accelerator: Accelerator | None, value: str, what: str) -> None:
+    """Refuse to go on where processes that share work do not have the same, which would count some of it twice.
+
+    Args:
+        accelerator: of the processes; None is one process alone.
+        value: this process's.
+        what: they have to agree in, for the message.
+
+    Raises:
+        ValueError: they differ; on every process.
+    """
+    if accelerator is None:
+        return
+    found = gather_object([value])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes have different {what} ({', '.join(map(str, found))}); give each one the same, in the same "
+            "order"
+        )
 
 
 def from_main(accelerator: Accelerator | None, make: Callable[[], Result]) -> Result:

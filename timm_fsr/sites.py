@@ -279,7 +279,15 @@ def apply_sites(module: nn.Module, _: Any, output: Tensor) -> Tensor:
 
     A module-level function that finds its sites through the module, so that deepcopy, pickle and EMA copies call
     their own layers.
+
+    Raises:
+        RuntimeError: the module is a copy made by `nn.DataParallel`, which knows nothing of the copies of the layers.
     """
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "feature layers do not work in torch.nn.DataParallel on several GPUs; use DistributedDataParallel "
+            "(torchrun or `accelerate launch`), or one GPU"
+        )
     for site in getattr(module, _SITES):
         output = site(output)
     return output

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from timm_fsr.attacks import Attack
+from timm_fsr.budget import is_free
 from timm_fsr.checkpoints import Checkpoints
 from timm_fsr.data import ImageData
 from timm_fsr.folding import Folding
@@ -34,20 +35,6 @@ from timm_fsr.recipe import Recipe
 from timm_fsr.selection import Selection
 from timm_fsr.streaming import Images
 from timm_fsr.version import __version__
-
-# What a resumed run may do otherwise than the run it goes on with: none of it touches the arithmetic of training.
-_FREE = (
-    "output",
-    "overwrite",
-    "resume",
-    "trackers",
-    "checkpoint",
-    "data.source",
-    "data.extra_source",
-    "data.workers",
-    "evaluation.attacks",
-    "optim.nonfinite",
-)
 
 
 @dataclass
@@ -248,9 +235,9 @@ def _check_identity(run: Run, saved: dict[str, Any]) -> None:
 
 
 def fixed_keys(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's keys that decide the training, flat: {"optim.lr": 0.1, ...}."""
+    """The recipe's keys that decide the training, flat: {"optim.lr": 0.1, ...}; a resumed run may change the others."""
     flat = flatten(yaml.safe_load(recipe.to_yaml()))
-    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)}
+    return {key: value for key, value in flat.items() if not is_free(key)}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
