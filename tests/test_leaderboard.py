@@ -72,9 +72,12 @@ class TestModelInfo:
         assert list(info)[-2:] == ["footnote", "unreliable"]
         assert (info["additional_data"], info["number_forward_passes"], info["unreliable"]) == (True, 2, False)
 
-    @pytest.mark.parametrize(("norm", "eps", "text"), [("l2", 0.5, "0.5"), ("linf", 4 / 255, "4/255")])
-    def test_the_radius_is_written_as_there(self, report, norm, eps, text):
-        assert model_info(replace(report, norm=norm, eps=eps), **ABOUT)["eps"] == text
+    @pytest.mark.parametrize(
+        ("dataset", "norm", "eps", "text"),
+        [("cifar10", "l2", 0.5, "0.5"), ("imagenet", "linf", 4 / 255, "4/255"), ("cifar100", "linf", 8 / 255, "8/255")],
+    )
+    def test_the_radius_is_written_as_there(self, report, dataset, norm, eps, text):
+        assert model_info(replace(report, norm=norm, eps=eps), **{**ABOUT, "dataset": dataset})["eps"] == text
 
     @pytest.mark.parametrize(
         ("changes", "arguments", "message"),
@@ -86,6 +89,9 @@ class TestModelInfo:
                 r"not the standard one \(apgd-t tries 3 targets\)",
             ),
             ({"norm": "l1"}, {}, "norm='l1'"),
+            ({"eps": 4 / 255}, {}, r"about Linf 4/255, but RobustBench ranks cifar10 in linf by eps 8/255"),
+            ({"norm": "l2", "eps": 1.0}, {}, r"ranks cifar10 in l2 by eps 0\.5; evaluate with that"),
+            ({}, {"dataset": "imagenet"}, "ranks imagenet in linf by eps 4/255"),
             ({}, {"dataset": "cifar-10"}, "did you mean 'cifar10'"),
             ({}, {"reported": 56.5}, "give it in .0, 1."),
             ({}, {"number_forward_passes": 0}, "number_forward_passes=0"),

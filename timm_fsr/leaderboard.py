@@ -26,6 +26,13 @@ DATASETS = ("cifar10", "cifar100", "imagenet")
 THREATS = ("Linf", "L2", "corruptions")
 """RobustBench's names; it files its 3D corruptions under "corruptions"."""
 
+_RADII = {
+    ("cifar10", "linf"): 8 / 255,
+    ("cifar10", "l2"): 0.5,
+    ("cifar100", "linf"): 8 / 255,
+    ("imagenet", "linf"): 4 / 255,
+}
+
 __all__ = ["DATASETS", "THREATS", "model_info", "register_alias", "save_model_info"]  # timm's registry adds aliases
 
 
@@ -46,8 +53,8 @@ def model_info(
 ) -> dict[str, Any]:
     """What RobustBench's file on a model says, with its keys in its order and its formats.
 
-    The leaderboard is about the whole test set (10,000 images, for ImageNet its own 5,000) and about Linf 8/255 or
-    L2 0.5 on CIFAR, Linf 4/255 on ImageNet; nothing here checks that the report is.
+    The leaderboard is about Linf 8/255 or L2 0.5 on CIFAR and Linf 4/255 on ImageNet. It is also about the whole test
+    set (10,000 images, for ImageNet its own 5,000); nothing here checks that the report is.
 
     Args:
         report: of an evaluation with "autoattack", in the Linf or L2 ball.
@@ -67,10 +74,17 @@ def model_info(
         Plain JSON values; accuracies are percentages in text, "56.52".
 
     Raises:
-        ValueError: the report holds no standard AutoAttack outcome in such a ball, or an argument is out of range.
+        ValueError: the report holds no standard AutoAttack outcome in the leaderboard's ball, or an argument is out of
+            range.
     """
     _check_standard(report)
     _check_known("dataset", dataset, DATASETS)
+    radius = _RADII.get((dataset, report.norm), report.eps)
+    if abs(report.eps - radius) > 1e-6:
+        raise ValueError(
+            f"the report is about {report.threat}, but RobustBench ranks {dataset} in {report.norm} by eps "
+            f"{format_eps(radius, report.norm)}; evaluate with that"
+        )
     if reported is not None and not 0 <= reported <= 1:
         raise ValueError(f"reported={reported} is no share of images; give it in [0, 1], such as 0.5652 for 56.52 %")
     if number_forward_passes < 1:
