@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from timm_fsr.attacks import NORMS, PGD
 from timm_fsr.autoattack import implementation
@@ -133,19 +133,8 @@ def assess(
     report.save(folder / REPORT)
     memo = Memo(folder / MEMO, {**_about(report), "versions": report.conditions["versions"]})
     if evidence_images:
-        images, labels = _some(model, data, evidence_images)
-        evidence = gather_evidence(
-            model,
-            images,
-            labels,
-            norm=norm,
-            eps=eps,
-            seed=seed,
-            batch_size=batch_size,
-            announce=say,
-            once=lambda part, make: memo.once(f"{part} on {len(images)} images by {batch_size}", make),
-        )
-        report = dataclasses.replace(report, evidence=evidence)
+        some = _some(model, data, evidence_images)
+        report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, memo, say))
         report.save(folder / REPORT)
     if corruption_images:
         say("corruptions")
@@ -153,10 +142,8 @@ def assess(
         report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, memo))
         report.save(folder / REPORT)
     say("examples")
-    examples: dict[str, Any] = {}
-    if norm != "l1":
-        images, labels = _some(model, data, min(_EXAMPLE_IMAGES, batch_size))
-        examples = draw_examples(model, images, labels, data.classes, PGD(norm=norm, eps=eps, steps=20), seed=seed)
+    some = _some(model, data, min(_EXAMPLE_IMAGES, batch_size))
+    examples = _examples(model, some, data.classes, report) if norm in NORMS else {}
     write_text(folder / EXAMPLES, json.dumps(examples) + "\n")
     write_text(folder / PAGE, render_page([Entry(name or "model", report, examples)]))
     return report
@@ -187,6 +174,33 @@ def _about(report: Report) -> dict[str, Any]:
     return {"norm": report.norm, "eps": report.eps, "seed": report.seed, **known}
 
 
+def _evidence(
+    model: nn.Module,
+    some: tuple[Tensor, Tensor],
+    report: Report,
+    batch_size: int,
+    memo: Memo,
+    announce: Announce,
+) -> dict[str, Any]:
+    """The evidence of honest gradients, each part of it kept as soon as it is known."""
+    return gather_evidence(
+        model,
+        *some,
+        norm=report.norm,
+        eps=report.eps,
+        seed=report.seed,
+        batch_size=batch_size,
+        announce=announce,
+        once=lambda part, make: memo.once(f"{part} on {len(some[0])} images by {batch_size}", make),
+    )
+
+
+def _examples(model: nn.Module, some: tuple[Tensor, Tensor], classes: Sequence[str], report: Report) -> dict[str, Any]:
+    """Attacked images to look at."""
+    attack = PGD(norm=report.norm, eps=report.eps, steps=20)
+    return draw_examples(model, *some, classes, attack, seed=report.seed)
+
+
 def _with_earlier(report: Report, folder: Path) -> Report:
     """The report with the evidence and the corruptions that an earlier one in the folder has of the same thing."""
     try:
@@ -199,7 +213,7 @@ def _with_earlier(report: Report, folder: Path) -> Report:
 
 
 def _corruptions(
-    model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], seed: int, batch_size: int, memo: Memo
+    model: nn.Module, data: tuple[Tensor, Tensor], seed: int, batch_size: int, memo: Memo
 ) -> dict[str, dict[str, float]]:
     """Accuracy by kind and severity, each kind kept as soon as it is known."""
 
@@ -247,7 +261,7 @@ def _same_names(known: Sequence[str], found: Sequence[str]) -> bool:
     return set(found) <= numbers or set(map(str, known)) <= numbers or list(map(str, known)) == list(found)
 
 
-def _some(model: nn.Module, data: ImageData, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _some(model: nn.Module, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
     """So many images, each class in its share, and their labels, on the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     chosen = data.subset(min(count, len(data)))
