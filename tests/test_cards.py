@@ -213,6 +213,15 @@ class TestText:
 
 
 class TestMetadata:
+    @pytest.mark.parametrize("source", ["/usr/share/datasets/fashion-mnist", "zalando-datasets/fashion_mnist"])
+    def test_a_copy_of_a_known_data_set_is_called_by_its_name(self, tmp_path, source):
+        conditions = {**CONDITIONS, "data": f"{source}[test]", "training_data": f"{source}[train]"}
+        found = parts(tmp_path, report(conditions=conditions), {**RECIPE, "data": {"source": source}})
+        text = render_card(found, REPO)
+        assert "\ntrained on Fashion-MNIST " in text.replace("-MNIST\n", "-MNIST ")
+        assert ModelCard(text).data.datasets == ["zalando-datasets/fashion_mnist"]
+        assert "/usr/share" not in text
+
     def test_the_hub_reads_it_as_it_was_meant(self, tmp_path):
         data = ModelCard(render_card(parts(tmp_path), REPO)).data
         assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-classification", "apache-2.0")

@@ -33,10 +33,14 @@ class DataFacts(NamedTuple):
     terms: str
 
 
+_FASHION_MNIST = DataFacts("Fashion-MNIST", "zalando-datasets/fashion_mnist", "MIT licence")
+
 DATA = {
     "fashion_mnist": DataFacts(
         "Fashion-MNIST, the balanced subset inside timm_fsr", "zalando-datasets/fashion_mnist", "MIT licence"
     ),
+    "zalando-datasets/fashion_mnist": _FASHION_MNIST,
+    "fashion-mnist": _FASHION_MNIST,  # the folder of Debian's package dataset-fashion-mnist, with the authors' files
     "uoft-cs/cifar10": DataFacts("CIFAR-10", "uoft-cs/cifar10", "its authors state no licence"),
     "uoft-cs/cifar100": DataFacts("CIFAR-100", "uoft-cs/cifar100", "its authors state no licence"),
     "ufldl-stanford/svhn": DataFacts("SVHN", "ufldl-stanford/svhn", "non-commercial use only"),
