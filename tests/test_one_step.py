@@ -86,10 +86,10 @@ class TestNFGSM:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"eps": -0.1}, r"eps=-0.1 \(pixels\).* must be 0 or more"),
+            ({"eps": -0.1}, r"eps=-0.1 must be 0 or more: it is a radius in pixels"),
             ({"eps": float("nan")}, "eps=nan"),
             ({"eps": float("inf")}, "eps=inf"),
-            ({"noise": -1.0}, r"noise=-1.0 \(multiples of eps\) must be 0 or more"),
+            ({"noise": -1.0}, r"noise=-1.0 must be 0 or more: it is a width in multiples of eps"),
             ({"noise": float("nan")}, "noise=nan"),
             ({"step_size": 0.0}, "step_size=0.0 must be positive"),
             ({"step_size": float("nan")}, "step_size=nan"),

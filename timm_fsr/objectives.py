@@ -114,7 +114,7 @@ class Objective:
             ValueError: see `__call__`.
         """
         inner = unwrapped(model)
-        check_images(images, labels, getattr(getattr(inner, "model", inner), "num_classes", None))
+        check_images(images, labels, getattr(getattr(inner, "model", inner), "num_classes", None) or None)
         if not self.attacks:
             return images
         self.check_attack(attack)
