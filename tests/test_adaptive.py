@@ -42,10 +42,10 @@ from timm_fsr.adaptive import adaptive_stages, mean_gradient
 from timm_fsr.apgd import APGD
 from timm_fsr.attacks import PGD, attack_mode, input_gradient
 from timm_fsr.evaluation import evaluate
-from timm_fsr.sites import layer_groups
 from timm_fsr.soundness import examine
 from timm_fsr.stages import Stage
 from timm_fsr.surrogates import feature_layers, noisy, plain
+from timm_fsr.tape import layer_groups
 
 pytest.importorskip("pyautoattack")  # Square's implementation
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import timm_fsr
-from timm_fsr.sites import Tape
+from timm_fsr.tape import Tape
 
 NETWORKS = [tiny_resnet, tiny_vit]
 

@@ -24,9 +24,9 @@ from timm_fsr.folding import Folding
 from timm_fsr.launch import build_accelerator
 from timm_fsr.objectives import AT
 from timm_fsr.pixels import PixelModel
-from timm_fsr.sites import record
 from timm_fsr.state import Run
 from timm_fsr.steps import take_step
+from timm_fsr.tape import record
 
 CONVOLUTIONS = 17  # of resnet_tiny_cifar: 11; of FSR: 6
 NORMS = 15  # 11 and 4

@@ -16,8 +16,8 @@ from timm_fsr.attacks import PGD
 from timm_fsr.evaluation import Standing, evaluate
 from timm_fsr.inference import _precision_switches
 from timm_fsr.pixels import PixelModel
-from timm_fsr.sites import layer_groups
 from timm_fsr.stages import Stage, Suite
+from timm_fsr.tape import layer_groups
 
 EPS = 0.1
 

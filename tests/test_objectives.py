@@ -230,7 +230,7 @@ class TestManners:
 
     def test_no_tape_stays_behind(self, model, objective):
         objective(model, Brighten(model), images(), labels())
-        assert all(group.tape is None for group in timm_fsr.sites.layer_groups(model))
+        assert all(group.tape is None for group in timm_fsr.tape.layer_groups(model))
 
 
 # On two processes.

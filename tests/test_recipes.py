@@ -28,8 +28,8 @@ from timm_fsr.engine import train
 from timm_fsr.notation import parse_number
 from timm_fsr.objectives import OBJECTIVES
 from timm_fsr.recipe import Recipe, parse_arguments
-from timm_fsr.sites import layer_groups
 from timm_fsr.state import Run, checkpoints_of
+from timm_fsr.tape import layer_groups
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

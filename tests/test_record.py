@@ -24,7 +24,7 @@ from tiny import (
 from torch import nn
 
 import timm_fsr
-from timm_fsr.sites import layer_groups
+from timm_fsr.tape import layer_groups
 
 
 @pytest.fixture

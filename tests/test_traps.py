@@ -238,7 +238,7 @@ def test_features_carry_the_layer(backbone: TinyBackbone) -> None:
     x = backbone.images()
     features = timm.create_model(f"{backbone.name}_fsr", features_only=True, fsr_hidden=4, **options).eval()
     assert isinstance(features, FeatureGetterNet)
-    assert len(timm_fsr.sites.layer_groups(features)) == 1
+    assert len(timm_fsr.tape.layer_groups(features)) == 1
     layered = features(x)
     plain = timm_fsr.detach(features)(x)
     assert [tuple(f.shape) for f in layered] == [tuple(f.shape) for f in plain]

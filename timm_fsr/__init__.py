@@ -14,7 +14,8 @@ from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
 from timm_fsr.models import list_pretrained, register_pretrained, register_variants  # and registers the timm variants
 from timm_fsr.objectives import AFD, AT, MART, TRADES, Natural, Objective
 from timm_fsr.pixels import PixelModel
-from timm_fsr.sites import attach, detach, reattach, record
+from timm_fsr.sites import attach, detach, reattach
+from timm_fsr.tape import record
 from timm_fsr.version import __version__
 
 if TYPE_CHECKING:

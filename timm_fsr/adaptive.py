@@ -20,10 +20,10 @@ from timm_fsr.digests import model_digest
 from timm_fsr.hub import base_model
 from timm_fsr.margins import cross_entropy, dlr, margin, targeted_dlr
 from timm_fsr.places import find_places
-from timm_fsr.sites import layer_groups, record
 from timm_fsr.soundness import Soundness
 from timm_fsr.stages import Stage, StageFunction
 from timm_fsr.surrogates import feature_layers, list_surrogates, noisy, plain, surrogate
+from timm_fsr.tape import layer_groups, record
 
 STEPS = 100
 JOINT_WEIGHTS = (0.1, 1.0, 10.0)

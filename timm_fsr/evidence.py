@@ -23,10 +23,10 @@ from timm_fsr.inference import BATCH_SIZE, as_float, full_precision, predict
 from timm_fsr.margins import cross_entropy, dlr, margin
 from timm_fsr.pixels import as_pixel_model, check_images
 from timm_fsr.report import format_eps
-from timm_fsr.sites import record
 from timm_fsr.soundness import check_model, examine
 from timm_fsr.subject import Subject
 from timm_fsr.surrogates import feature_layers, noisy
+from timm_fsr.tape import record
 
 STEPS = (10, 50, 100, 1000)
 RESTARTS = (1, 5, 10)

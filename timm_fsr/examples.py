@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks import Attack, attack_mode
 from timm_fsr.pictures import embed_png, heat, photo
 from timm_fsr.pixels import as_pixel_model
-from timm_fsr.sites import record
+from timm_fsr.tape import record
 
 COUNT = 6
 

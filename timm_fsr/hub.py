@@ -29,7 +29,7 @@ from timm_fsr.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.remote import explained
 from timm_fsr.report import Report
 from timm_fsr.rounding import halved
-from timm_fsr.sites import layer_groups
+from timm_fsr.tape import layer_groups
 from timm_fsr.version import __version__
 from timm_fsr.weights import (
     CONFIG,

@@ -14,7 +14,8 @@ from torch import nn
 from timm_fsr.hub import is_trained, load, resolve
 from timm_fsr.layers import layer_class
 from timm_fsr.layers.base import check_layer_args
-from timm_fsr.sites import attach, layer_groups
+from timm_fsr.sites import attach
+from timm_fsr.tape import layer_groups
 
 
 @dataclass(frozen=True, kw_only=True)

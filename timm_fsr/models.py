@@ -24,7 +24,8 @@ from timm_fsr.layers import layer_class, list_layers
 from timm_fsr.layers.base import check_layer_args
 from timm_fsr.places import At
 from timm_fsr.pretrained import Pretrained, embedded_pretrained, read_pretrained
-from timm_fsr.sites import LayerGroup, attach, layer_groups
+from timm_fsr.sites import attach
+from timm_fsr.tape import LayerGroup, layer_groups
 from timm_fsr.weights import StateDict, load_weights, told_by_version
 
 __all__: list[str] = []  # timm's registry adds every entrypoint

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_fsr.attacks import Attack, LossFunction, attack_mode
 from timm_fsr.passes import attack_loss, divergence, forward, gradient_misalignment, joins_attacks, joint_forward
 from timm_fsr.pixels import check_images
-from timm_fsr.sites import Tape, record
 from timm_fsr.surrogates import feature_layers
+from timm_fsr.tape import Tape, record
 
 Method = TypeVar("Method", bound="Objective")
 

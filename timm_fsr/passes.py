@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from timm_fsr.attacks import Attack, LossFunction, eval_mode, random_in_ball
-from timm_fsr.sites import Tape, record
 from timm_fsr.surrogates import feature_layers
+from timm_fsr.tape import Tape, record
 
 
 def attack_loss(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks import Attack
 from timm_fsr.objectives import AT
 from timm_fsr.pixels import as_pixel_model
-from timm_fsr.sites import record
+from timm_fsr.tape import record
 
 _TILE, _GAP, _LINE = 112, 10, 15
 _INK, _PAPER, _WRONG = (30, 30, 30), (255, 255, 255), (190, 30, 30)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks import anchored, input_gradient
 from timm_fsr.pixels import check_images
-from timm_fsr.sites import Tape, layer_groups, record
+from timm_fsr.tape import Tape, layer_groups, record
 
 _OTHER = 1e-3  # of the largest logit: far more than rounding, far less than what other statistics do
 

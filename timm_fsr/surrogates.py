@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_fsr.layers import FeatureLayer
 from timm_fsr.layers.base import unknown
-from timm_fsr.sites import layer_groups
+from timm_fsr.tape import layer_groups
 
 _STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 BYPASS, IDENTITY = "bypass", "identity"
