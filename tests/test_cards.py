@@ -169,6 +169,7 @@ class TestText:
             ("model", {"name": "wrn34_10_cifar"}, r"model\.name \(resnet_tiny_cifar and wrn34_10_cifar\)"),
             ("model", {"args": {"stem_width": 4}}, r"model\.args \(\{\} and \{'stem_width': 4\}\)"),
             ("model", {"layer": "cas"}, "the baseline was trained with the layer 'cas'"),
+            ("model", {"name": "resnet_tiny_cifar_cas"}, "the baseline was trained with the layer 'cas'"),
         ],
     )
     def test_a_baseline_of_another_budget_is_refused(self, tmp_path, section, change, message):

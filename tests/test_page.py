@@ -263,6 +263,10 @@ class TestSideBySide:
         assert "model 0 and model 1 were trained differently, the layer aside: optim.ema_decay (0 and 0.9)." in page(
             trained(None, 0), trained("fsr", 0.9)
         )
+        short, long = ({"data_fingerprint": "1", "training": f"AT(), {epochs} epochs"} for epochs in (5, 50))
+        assert "trained differently, the layer aside: training (AT(), 5 epochs and AT(), 50 epochs)." in page(
+            report(conditions=short), report(conditions=long)
+        )
         assert "trained differently, the layer aside: training data (a and b)." in page(
             trained(None, 0), trained(None, 0, "b")
         )

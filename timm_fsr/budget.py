@@ -23,6 +23,12 @@ FREE = (
 _LAYER = ("model.layer", "model.layer_args", "model.at")
 
 
+def layer_of(recipe: Mapping[str, Any]) -> str | None:
+    """The feature layer that a recipe, as plain values, trains with, whether it stands apart or in the model's name."""
+    model = recipe.get("model") or {}
+    return model.get("layer") or _split(str(model.get("name", "")))[1]
+
+
 def is_free(key: str) -> bool:
     """Whether a recipe's key, such as "data.workers", or the section that it is in, has no say in the training."""
     return any(f"{key}.".startswith(f"{free}.") for free in FREE)
@@ -55,11 +61,12 @@ def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
         inner = value if isinstance(value, Mapping) else {"": value}
         flat |= {f"{section}.{key}".removesuffix("."): entry for key, entry in inner.items()}
     if "model.name" in flat:
-        flat["model.name"] = _network(str(flat["model.name"]))
+        flat["model.name"] = _split(str(flat["model.name"]))[0]
     return {key: value for key, value in flat.items() if not is_free(key) and key not in _LAYER}
 
 
-def _network(name: str) -> str:
-    """An architecture without the feature layer that its name may have at its end."""
-    base, _, layer = name.rpartition("_")
-    return base if layer in list_layers() else name
+def _split(name: str) -> tuple[str, str | None]:
+    """A model's name without the feature layer that its architecture may end in, and that layer."""
+    architecture, dot, tag = name.partition(".")
+    base, _, layer = architecture.rpartition("_")
+    return (f"{base}{dot}{tag}", layer) if layer in list_layers() else (name, None)

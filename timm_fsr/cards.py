@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from timm_fsr.budget import differences, listed, same_keys
+from timm_fsr.budget import differences, layer_of, listed, same_keys
 from timm_fsr.metadata import (
     check_license,
     check_repo_id,
@@ -198,8 +198,7 @@ def _check_recipes(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) ->
     """
     if theirs is None:
         return False
-    layer = theirs.get("model", {}).get("layer")
-    if layer is not None:
+    if layer := layer_of(theirs):
         raise ValueError(
             f"the baseline was trained with the layer {layer!r}; give the report of the training without a layer"
         )

@@ -139,7 +139,8 @@ def evaluate(
                 check_agreement(accelerator, batch_key(0, images, labels), "first batches")
                 with _seeded(seed, index, device):
                     work.prepare(images.to(device), labels.to(device), accelerator)
-            seen.update(batch_key(index, images, labels).encode())
+            if accelerator is not None:
+                seen.update(batch_key(index, images, labels).encode())
             if index % world == rank:
                 with _seeded(seed, index, device):
                     work.evaluate_batch(index, images.to(device), labels.to(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ class AttackOptions:
         unused["step_size"] = self.name == "fgsm" and self.step_size is not None
         unused["norm"] = self.name == "n_fgsm" and self.norm != "linf"
         for key in (key for key, given in unused.items() if given):
-            default = {"random_start": "true", "norm": "linf"}.get(key, "null")
+            default = json.dumps(getattr(AttackOptions, key)).strip('"')
             raise ValueError(
                 f"attack.{key}={getattr(self, key)} has no meaning for the one-step attack {self.name!r}; leave it "
                 f"out, or over a recipe that has it: --attack.{key}={default}"

@@ -282,13 +282,14 @@ def _warnings(entries: Sequence[Entry]) -> list[str]:
 def _trained_otherwise(one: Report, other: Report) -> str:
     """What makes the budgets of two trainings unequal, as far as their reports say."""
     ours, theirs = one.conditions, other.conditions
-    found = [
-        f"{key.replace('_', ' ')} ({ours[key]} and {theirs[key]})"
-        for key in ("training_data", "checkpoint_rule")
+    recipes = [conditions.get("recipe") for conditions in (ours, theirs)]
+    keys = ["training_data", "checkpoint_rule", *([] if all(recipes) else ["training"])]  # which recipes tell better
+    said = {
+        key.replace("_", " "): (ours[key], theirs[key])
+        for key in keys
         if key in ours and key in theirs and ours[key] != theirs[key]
-    ]
-    recipes = listed(differences(ours.get("recipe") or {}, theirs.get("recipe") or {}))
-    return ", ".join([*found, *filter(None, [recipes])])
+    }
+    return listed({**said, **differences(recipes[0] or {}, recipes[1] or {})})
 
 
 def _same_images(one: Report, other: Report) -> bool:

@@ -27,8 +27,7 @@ def check_agreement(accelerator: Accelerator | None, value: str, what: str) -> N
     found = gather_object([value])
     if len(set(found)) > 1:
         raise ValueError(
-            f"the processes have different {what} ({', '.join(map(str, found))}); give each one the same, in the same "
-            "order"
+            f"the processes have different {what} ({', '.join(found)}); give each one the same, in the same order"
         )
 
 
