@@ -20,6 +20,7 @@ from timm_fsr.digests import model_digest
 from timm_fsr.hub import base_model
 from timm_fsr.margins import cross_entropy, dlr, margin, targeted_dlr
 from timm_fsr.places import find_places
+from timm_fsr.randomness import own_randomness
 from timm_fsr.soundness import Soundness
 from timm_fsr.stages import Stage, StageFunction
 from timm_fsr.surrogates import feature_layers, list_surrogates, noisy, plain, surrogate
@@ -219,8 +220,7 @@ def _masks(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
 def _noisy(attack: APGD, steer: SteerFunction) -> StageFunction:
     def run(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        devices = [images.device] if images.device.type == "cuda" else []
-        with noisy(model), torch.random.fork_rng(devices=devices):  # the layers draw from the default generator
+        with noisy(model), own_randomness(images.device):  # the layers draw from the default generator
             torch.manual_seed(seed)
             return _steered(attack, lambda *given: mean_gradient(steer(*given)), model, images, labels, generator)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_fsr.randomness import own_randomness
+
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -81,7 +83,7 @@ class Component:
             )
         if self.eps == 0 or len(images) == 0:
             return images.detach().clone()
-        with _own_randomness(images.device), torch.no_grad(), _quiet():
+        with own_randomness(images.device), torch.no_grad(), _quiet():  # the attacks seed the default generators
             attack = self._build(_Anchored(model), images.device, num_classes)
             return self._perturb(attack, images.detach().clone(), labels.clone()).detach()
 
@@ -187,13 +189,6 @@ def implementation_version() -> str:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:  # a checkout on the path
         return name
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """The attacks seed torch's default generators; afterwards these are as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 @contextmanager

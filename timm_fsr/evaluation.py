@@ -26,6 +26,7 @@ from timm_fsr.hub import base_model, weights_digest
 from timm_fsr.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
 from timm_fsr.outcomes import CLEAN, Journal, KnownSuite, open_journal, suite_key
 from timm_fsr.pixels import as_pixel_model, check_images
+from timm_fsr.randomness import own_randomness
 from timm_fsr.report import Report
 from timm_fsr.sharing import check_agreement, from_main
 from timm_fsr.soundness import Soundness, check_attacked, check_logits, check_model, examine
@@ -318,7 +319,7 @@ class _Work:
 @contextmanager
 def _seeded(seed: int, index: int, device: torch.device) -> Iterator[None]:
     """What is random in a model that is so even in eval mode depends on the batch's number and on nothing before it."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with own_randomness(device):
         torch.manual_seed(derive_generator(seed, 0, index, 0, stream="evaluate clean").initial_seed())
         yield
 

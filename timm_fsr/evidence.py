@@ -22,6 +22,7 @@ from timm_fsr.data import derive_generator
 from timm_fsr.inference import BATCH_SIZE, as_float, full_precision, predict
 from timm_fsr.margins import cross_entropy, dlr, margin
 from timm_fsr.pixels import as_pixel_model, check_images
+from timm_fsr.randomness import own_randomness
 from timm_fsr.report import format_eps
 from timm_fsr.soundness import check_model, examine
 from timm_fsr.subject import Subject
@@ -238,7 +239,7 @@ def _noise_on(subject: Subject) -> dict[str, Any]:
     """The model with its layers' noise switched on, attacked by the mean gradient of several passes."""
     if not feature_layers(subject.model):
         return {}
-    with noisy(subject.model), torch.random.fork_rng():
+    with noisy(subject.model), own_randomness(subject.images.device):
         torch.manual_seed(subject.seed)
         once, twice = (subject.model(subject.images[: subject.batch_size]) for _ in range(2))
         if torch.equal(once, twice):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from timm_fsr.attacks import attack_mode
+from timm_fsr.randomness import own_randomness
 
 _CONVOLUTIONS = (nn.Conv2d,)  # exactly: subclasses may compute their weight, or use it otherwise
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
@@ -69,7 +70,7 @@ def find_folding(model: nn.Module, images: Tensor) -> Folding:
                 undo.callback(module.register_forward_hook(partial(_note_output, calls)).remove)
             elif type(module) in _NORMS:
                 undo.callback(module.register_forward_pre_hook(partial(_note_input, calls)).remove)
-        with torch.random.fork_rng(devices=_cuda(images)), attack_mode(model), torch.enable_grad():
+        with own_randomness(images.device), attack_mode(model), torch.enable_grad():
             logits = model(images[:1].detach().requires_grad_(True))
     runs = Counter(id(module) for module, _, _ in calls)
     readers = _readers(logits)
@@ -158,7 +159,3 @@ def _note_output(calls: list[_Call], module: nn.Module, _: Any, output: Tensor) 
 
 def _note_input(calls: list[_Call], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     calls.append((module, inputs[0], inputs[0].grad_fn))
-
-
-def _cuda(images: Tensor) -> list[torch.device]:
-    return [images.device] if images.device.type == "cuda" else []
