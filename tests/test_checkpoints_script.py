@@ -162,9 +162,12 @@ class TestAgain:
             (["--note=Other."], b"\nOther.\n"),
             (["--namespace=lab"], b"hf-hub:lab/"),
             (["--dtype=bfloat16"], b"(bfloat16)"),
+            (["--corruptions=10"], b"Common corruptions (15 kinds"),
         ],
     )
     def test_other_options_make_the_folder_anew(self, script, finished, more, found):
+        if more[0].startswith("--corruptions"):
+            pytest.importorskip("imagecorruptions", exc_type=ImportError)
         suffix = "--suffix=again"
         assert script["main"]([*flags(finished), *MORE, suffix]) == 0
         assert script["main"]([*flags(finished), *MORE, suffix, *more]) == 0
@@ -271,6 +274,8 @@ class TestErrors:
             (["--release=none", "--attacks"], "--attacks"),
             (["--release=none", "--suffix=a b/c"], "a b/c"),
             (["--release=none", "--namespace="], "user/name"),
+            (["--release=none", "--evidence=-1"], "must be 0 or more"),
+            (["--release=none", "--corruptions=-1"], "must be 0 or more"),
             (["--methods", "fsr", "fsr:tau=0.5", "--release", "fsr", "fsr:tau=0.5"], "the same name"),
             (["--images=0"], "--images=0"),
             (["--data.streamed=true"], "data.streamed"),

@@ -47,7 +47,7 @@ from compare import check as check_comparison
 from tables import in_common, restricted
 
 import timm_fsr
-from timm_fsr.assessment import assess
+from timm_fsr.assessment import assess, check_extras
 from timm_fsr.cards import check_card, render_card
 from timm_fsr.engine import InterruptedRunError
 from timm_fsr.files import file_digest, write_text
@@ -152,6 +152,7 @@ def release(entry: Entry, reports: Mapping[Entry, Report], base: Recipe, args: a
         "attacks": list(reports[entry].attacks),
         "images": args.images,
         "evidence": args.evidence,
+        "corruptions": args.corruptions,
         "repository": repository,
         "note": args.note,
         "baseline": None if baseline is None else baseline.conditions["weights_sha256"],
@@ -214,7 +215,7 @@ def halved(
 
 
 def evidence(report: Report, name: str, entry: Entry, base: Recipe, args: argparse.Namespace) -> Report:
-    """The report of the unrounded model, with the evidence of honest gradients."""
+    """The report of the unrounded model, with the evidence of honest gradients and the corruptions."""
     model = load(str(args.output / entry.folder / "training" / "best")).to(args.device)
     return attack(model, name, entry, report, base, args, args.output / entry.folder / "evaluation")
 
@@ -222,7 +223,7 @@ def evidence(report: Report, name: str, entry: Entry, base: Recipe, args: argpar
 def attack(
     model: Any, name: str, entry: Entry, like: Report, base: Recipe, args: argparse.Namespace, folder: Path
 ) -> Report:
-    """The outcomes of the attacks of another report on the comparison's test images, and the evidence."""
+    """The outcomes of the attacks of another report on the comparison's test images, evidence and corruptions."""
     report = assess(
         model,
         test_images(model, base, args),
@@ -233,6 +234,7 @@ def attack(
         seed=entry.seed,
         name=name,
         evidence_images=args.evidence,
+        corruption_images=args.corruptions,
         trained=Report.load(args.output / entry.folder / "training" / "report.json"),
         announce=print,
     )
@@ -309,6 +311,9 @@ def options() -> argparse.ArgumentParser:
     result.add_argument("--note", default="", help="a paragraph for each card")
     result.add_argument("--dtype", default="float16", choices=HALVES, help="half precision of the weights")
     result.add_argument("--evidence", type=int, default=0, metavar="IMAGES", help="evidence of honest gradients")
+    result.add_argument(
+        "--corruptions", type=int, default=0, metavar="IMAGES", help="accuracy under common corruptions"
+    )
     result.add_argument("--speed", action="store_true", help="time the training step first")
     result.add_argument(
         "--official", type=Path, metavar="FOLDER", help="a checkout of the official code to time beside"
@@ -355,6 +360,7 @@ def _check_release(args: argparse.Namespace, base: Recipe) -> None:
         raise ValueError("--release needs --suffix, the data set's name in the checkpoint's tag, such as cifar10")
     if not expand_names(args.attacks):
         raise ValueError("--release needs --attacks: without any a card could not say how robust the model is")
+    check_extras(base.attack.norm, evidence_images=args.evidence, corruption_images=args.corruptions)
     if not base.evaluation.attacks:
         raise ValueError("a card needs the training's own report; set evaluation.attacks, such as [pgd20]")
 

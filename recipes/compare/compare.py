@@ -47,7 +47,7 @@ from timm_fsr.state import fixed_keys
 from timm_fsr.suites import check_names, expand_names
 
 NOT_TRAINED_FROM_SCRATCH = ("afd",)
-ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, UnsoundError)
+ERRORS = (ValueError, OSError, FloatingPointError, ImportError, UnsoundError)
 """What is told in a sentence."""
 
 UNFINISHED = 75  # what sysexits.h calls a temporary failure: to be tried again
