@@ -15,6 +15,7 @@ from timm_fsr.recipe import Recipe
 # Training images, classes and image size of each data set that a recipe names.
 DATA = {
     "fashion_mnist": (10_000, 10, (1, 28, 28)),
+    "zalando-datasets/fashion_mnist": (60_000, 10, (1, 28, 28)),
     "uoft-cs/cifar10": (50_000, 10, (3, 32, 32)),
     "uoft-cs/cifar100": (50_000, 100, (3, 32, 32)),
     "ufldl-stanford/svhn": (73_257, 10, (3, 32, 32)),

@@ -190,6 +190,7 @@ class TestEmbedded:
         """Clean accuracy and PGD-20 on the first images of the report, from the shipped weights and images."""
         report = Report.load(entry.folder / "report.json")
         data = timm_fsr.load_data("fashion_mnist", "test", limit=report.count)
+        assert data.fingerprint == report.conditions["data_fingerprint"], "its images are those in the package"
         batch = next(data.batches(report.conditions["batch_size"]))  # outcomes depend on the batch
         found = timm_fsr.evaluate(
             timm_fsr.from_pretrained(entry.name), batch, eps=report.eps, attacks=["pgd20"], seed=report.seed

@@ -110,7 +110,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "ufldl-stanford/svhn": ({"train": 12, "test": 4}, 32, {"label": 10}, "image"),
         "zh-plus/tiny-imagenet": ({"train": 12, "valid": 4}, 64, {"label": 200}, "image"),
     }
-    found = {"fashion_mnist": "fashion_mnist", "ILSVRC/imagenet-1k": str(root / "imagenet")}
+    found = {"fashion_mnist": "fashion_mnist", "zalando-datasets/fashion_mnist": "fashion_mnist"}
+    found["ILSVRC/imagenet-1k"] = str(root / "imagenet")
     progress = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     for name, (splits, side, columns, image) in tables.items():
