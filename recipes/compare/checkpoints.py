@@ -20,15 +20,12 @@ The options of compare.py are options here too. In their order, and each only if
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import yaml
@@ -44,6 +41,7 @@ from compare import (
     time_limit,
 )
 from compare import check as check_comparison
+from packing import pack
 from tables import in_common, restricted
 
 import timm_fsr
@@ -62,7 +60,6 @@ from timm_fsr.suites import ENSEMBLE, expand_names
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHTS, CARD, FACTS = "model.safetensors", "README.md", "release.json"
-NOT_PACKED = ("checkpoints", "last", "pack")
 
 
 def measure_speed(base: Recipe, args: argparse.Namespace) -> None:
@@ -247,59 +244,6 @@ def compared(before: Report, after: Report) -> tuple[int, int, bool]:
     return gained, lost, not more_than_chance
 
 
-class SplitFile:
-    """A file to write to that is a row of files of at most `size` bytes each."""
-
-    def __init__(self, folder: Path, stem: str, size: int) -> None:
-        self.folder, self.stem, self.size = folder, stem, size
-        self.digests: dict[str, str] = {}
-        self._file: BinaryIO | None = None
-        self._left = 0
-
-    def write(self, data: bytes) -> int:
-        """Write all of `data`, beginning new files where one is full."""
-        view = memoryview(data)
-        while view:
-            if self._left == 0:
-                self.close()
-                self._file, self._left = (self.folder / f"{self.stem}.{len(self.digests):04d}").open("wb"), self.size
-                self.digests[Path(self._file.name).name] = ""
-            assert self._file is not None
-            taken = view[: self._left]
-            self._file.write(taken)
-            self._left -= len(taken)
-            view = view[len(taken) :]
-        return len(data)
-
-    def close(self) -> None:
-        """Finish the file that is written to, and note its checksum."""
-        if self._file is not None:
-            self._file.close()
-            path = Path(self._file.name)
-            self.digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-            self._file = None
-
-
-def pack(args: argparse.Namespace) -> None:
-    """Put everything but what runs resume from into an archive in parts."""
-    folder = args.output / "pack"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-
-    def wanted(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        info.uid = info.gid = 0
-        info.uname = info.gname = ""
-        name = Path(info.name).name
-        return None if name in NOT_PACKED or name.startswith(".writing-") else info
-
-    parts: Any = SplitFile(folder, "results.tar", int(args.pack * 2**20))
-    with tarfile.open(fileobj=parts, mode="w|") as archive:
-        archive.add(args.output, arcname="results", filter=wanted)
-    parts.close()
-    write_text(folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in parts.digests.items()))
-    print(f"{len(parts.digests)} part(s) in {folder}", flush=True)
-
-
 def options() -> argparse.ArgumentParser:
     """The command line: that of compare.py and what belongs to releases."""
     result = parser(__doc__)
@@ -389,7 +333,7 @@ def main(arguments: Sequence[str]) -> int:
                 work(base, args)
         finally:
             if args.pack:
-                pack(args)
+                pack(args.output, args.pack)
     except (TimeIsUpError, InterruptedRunError):
         print("the time is up; the same command goes on from here", flush=True)
         return UNFINISHED
