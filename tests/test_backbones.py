@@ -13,6 +13,7 @@ from torch import Tensor
 import timm_fsr.backbones
 
 RESNET18 = ((64, 1), (64, 1), (128, 2), (256, 4), (512, 8))
+RESNET18_HALF = ((32, 1), (32, 1), (64, 2), (128, 4), (256, 8))
 TINY = ((16, 2), (16, 2), (32, 4), (64, 8), (64, 8))
 WIDE = ((16, 1), (160, 1), (320, 2), (640, 4))
 VGG16 = ((64, 1), (128, 2), (256, 4), (512, 8), (512, 16), (512, 32))
@@ -38,6 +39,7 @@ class Expected:
 
 NETWORKS = (
     Expected("resnet18_cifar", 11_173_962, RESNET18, "layer4", NARROW),
+    Expected("resnet18_half_cifar", 2_797_610, RESNET18_HALF, "layer4", {"channels": (8, 16, 24, 32)}),
     Expected("resnet_tiny_cifar", 152_026, TINY, "layer4", {}),
     Expected("preact_resnet18_cifar", 11_172_170, RESNET18, "norm", NARROW),
     Expected("wrn28_10_cifar", 36_479_194, WIDE, "norm", NARROW_WIDE),

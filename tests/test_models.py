@@ -28,6 +28,7 @@ from timm_fsr import models
 
 CIFAR = (
     "resnet18_cifar",
+    "resnet18_half_cifar",
     "preact_resnet18_cifar",
     "wrn28_10_cifar",
     "wrn34_10_cifar",

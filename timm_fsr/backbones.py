@@ -7,6 +7,7 @@ and the export to the Hub behave as for every timm model. Pixels go in as they a
 
     network                 source                                                 last map of a 32x32 image
     resnet18_cifar          ResNet-18 (He et al. 2016, arXiv 1512.03385)                     512x4x4
+    resnet18_half_cifar     the same of half width, 32 to 256                                        256x4x4
     resnet_tiny_cifar       the same with one block per stage and widths 16 to 64            64x4x4
     preact_resnet18_cifar   pre-activation ResNet (He et al. 2016, arXiv 1603.05027)         512x4x4
     wrn28_10_cifar          Wide ResNet (Zagoruyko and Komodakis 2016, arXiv 1605.07146)     640x8x8
@@ -16,7 +17,7 @@ and the export to the Hub behave as for every timm model. Pixels go in as they a
     vit_tiny_patch4_32      ViT (arXiv 2010.11929), DeiT-tiny width (arXiv 2012.12877)       192x8x8
 
 ResNet-18, Wide ResNet 34-10 and VGG-16 are those of the FSR paper; ResNet-tiny is ours, for tests and
-demonstrations. The last `feature_info` entry of pre-activation and Wide ResNets is the final norm with its
+demonstrations, and so is ResNet-18 of half width, for training on CPUs. The last `feature_info` entry of pre-activation and Wide ResNets is the final norm with its
 ReLU, so the place of index -1 is post-activation as in the other networks; `forward_intermediates` gives
 that map with `norm=True`. Wide ResNets have four entries, but timm's `forward_intermediates` counts five:
 count its indices from the front there.
@@ -85,6 +86,7 @@ def _cfg(first_conv: str, classifier: str, **entries: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "resnet18_cifar": _cfg("conv1", "fc", pool_size=(4, 4)),
+        "resnet18_half_cifar": _cfg("conv1", "fc", pool_size=(4, 4)),
         "resnet_tiny_cifar": _cfg("conv1", "fc", pool_size=(4, 4)),
         "preact_resnet18_cifar": _cfg("stem.conv", "head.fc", pool_size=(4, 4)),
         "wrn28_10_cifar": _cfg("stem.conv", "head.fc", pool_size=(8, 8)),
@@ -104,13 +106,20 @@ def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 
 @register_model
+def resnet18_half_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-18 of half width, 2.80 M parameters; images (N, 3, H, W) in [0, 1] -> logits (N, 10)."""
+    # Only timm's deep stem has a free width, twice `stem_width`; `_resnet` puts one convolution in its place.
+    widths = {"stem_type": "deep", "stem_width": 16, "channels": (32, 64, 128, 256)}
+    return build_model_with_cfg(_resnet, "resnet18_half_cifar", pretrained, layers=(2, 2, 2, 2), **{**widths, **kwargs})
+
+
+@register_model
 def resnet_tiny_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """Ten-layer ResNet, 0.15 M parameters; images (N, 3, H, W) in [0, 1] -> logits (N, 10).
 
     Trains adversarially in minutes on two CPU cores: its stem has stride 2, and to end as 64x4x4 all the same (also
     from 28x28 images), its last stage is dilated instead of strided.
     """
-    # Only timm's deep stem has a free width, twice `stem_width`; `_resnet` puts one convolution in its place.
     widths = {"stem_type": "deep", "stem_width": 8, "channels": (16, 32, 64, 64)}
     args = {"layers": (1, 1, 1, 1), "stem_stride": 2, "output_stride": 16, **widths, **kwargs}
     return build_model_with_cfg(_resnet, "resnet_tiny_cifar", pretrained, **args)
