@@ -40,7 +40,7 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 import timm_fsr
-from timm_fsr.tape import layer_groups
+from timm_fsr.hooks.site import layer_groups
 
 CLASSES = 10
 SMALL = 128  # pixels: the image size of models that take any

@@ -21,8 +21,8 @@ from side_by_side import parser, table, time_in_turn, write
 from torch import Tensor, nn
 
 import timm_fsr
-from timm_fsr.notation import parse_number
-from timm_fsr.pixels import PixelModel
+from timm_fsr.models.pixel import PixelModel
+from timm_fsr.training.parsing import parse_number
 
 REFERENCE, OURS = "reference package", "ours"
 NORMS = {"linf": "Linf", "l2": "L2"}

@@ -27,15 +27,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from timm_fsr.batches import training_batches
-from timm_fsr.data import EMBEDDED, Augmentation, ImageData, load_data
-from timm_fsr.demo import quickstart_recipe
-from timm_fsr.streaming import Images, stream_data
+from timm_fsr.cli.demo import quickstart_recipe
+from timm_fsr.data.augment import Augmentation
+from timm_fsr.data.dataset import ImageData, load_data
+from timm_fsr.data.sampling import training_batches
+from timm_fsr.data.sources import EMBEDDED
+from timm_fsr.data.streaming import Images, stream_data
 
 PLAIN = "torchvision transforms in a DataLoader"
 OURS = {"memory": "ours", "first": "ours, first epoch", "streamed": "ours, streamed"}
 GOAL = 20
-EMBEDDED_FILES = ROOT / "timm_fsr" / "embedded" / EMBEDDED
+EMBEDDED_FILES = ROOT / "timm_fsr" / "data" / "embedded" / EMBEDDED
 
 
 def main() -> None:

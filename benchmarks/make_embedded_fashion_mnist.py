@@ -14,7 +14,7 @@ import datasets
 import pyarrow.parquet as pq
 from PIL import Image
 
-from timm_fsr.data import ImageData, load_data
+from timm_fsr.data.dataset import ImageData, load_data
 
 CLASSES = (
     "T-shirt/top",
@@ -30,7 +30,7 @@ CLASSES = (
 )
 COUNTS = {"train": 10_000, "test": 2_000}
 SEED = 0
-FOLDER = Path(__file__).parents[1] / "timm_fsr" / "embedded" / "fashion_mnist"
+FOLDER = Path(__file__).parents[1] / "timm_fsr" / "data" / "embedded" / "fashion_mnist"
 
 
 def main() -> None:

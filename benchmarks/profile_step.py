@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from training_step import our_run
 
-from timm_fsr.objectives import LossTerms
-from timm_fsr.state import Run
-from timm_fsr.steps import take_step
+from timm_fsr.training.objectives.base import LossTerms
+from timm_fsr.training.state import Run
+from timm_fsr.training.step import take_step
 
 _MATRICES = (1024, 2048, 4096)
 _CONVOLUTIONS = ((64, 32), (256, 8))  # channels and side of a map, with a 3x3 kernel and 64 images

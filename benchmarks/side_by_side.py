@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_fsr import AT, PGD, PixelModel
-from timm_fsr.folding import find_folding
+from timm_fsr.attacks.bn_folding import find_folding
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub", "pyautoattack", "numpy")

@@ -53,7 +53,7 @@ import timm
 times.append(time.process_time()); sizes.append(memory())
 import timm_fsr
 times.append(time.process_time()); sizes.append(memory())
-from timm_fsr.models import register_variants
+from timm_fsr.models.variants import register_variants
 register_variants(tuple(f"layer{number}" for number in range(int(sys.argv[1]))))
 times.append(time.process_time()); sizes.append(memory())
 print(json.dumps([[after - before for before, after in zip(row, row[1:])] for row in (times, sizes)]))

@@ -33,14 +33,15 @@ from side_by_side import parser, table, time_in_turn, write
 from torch import Tensor, nn
 
 import timm_fsr
-from timm_fsr.attacks import PGD, attack_mode
-from timm_fsr.engine import prepare
-from timm_fsr.folding import Folding
-from timm_fsr.launch import build_accelerator
-from timm_fsr.layers.fsr import strongest_wrong_class
-from timm_fsr.recipe import Recipe
-from timm_fsr.state import Run
-from timm_fsr.steps import take_step
+from timm_fsr.attacks.base import attack_mode
+from timm_fsr.attacks.bn_folding import Folding
+from timm_fsr.attacks.pgd import PGD
+from timm_fsr.layers.common import strongest_wrong_class
+from timm_fsr.training.accelerator import build_accelerator
+from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.state import Run
+from timm_fsr.training.step import take_step
+from timm_fsr.training.trainer import prepare
 
 EPS, STEP = 8 / 255, 2 / 255
 ARCHITECTURE = "resnet18_cifar"  # the official code's ResNet-18

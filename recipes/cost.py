@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_fsr.recipe import Recipe
+from timm_fsr.training.recipe import Recipe
 
 # Training images, classes and image size of each data set that a recipe names.
 DATA = {

@@ -2,7 +2,7 @@
 
 import sys
 
-from timm_fsr.cli import main
+from timm_fsr.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -7,55 +7,57 @@ jsonargparse is imported when it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from timm_fsr.apgd import APGD
-from timm_fsr.attacks import FGSM, NFGSM, PGD, attack_mode
-from timm_fsr.convert import convert_official
+from timm_fsr.attacks.apgd import APGD
+from timm_fsr.attacks.base import attack_mode
+from timm_fsr.attacks.pgd import FGSM, NFGSM, PGD
+from timm_fsr.hooks.attach import attach, detach, reattach
+from timm_fsr.hooks.tape import record
 from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
-from timm_fsr.models import list_pretrained, register_pretrained, register_variants  # and registers the timm variants
-from timm_fsr.objectives import AFD, AT, MART, TRADES, Natural, Objective
-from timm_fsr.pixels import PixelModel
-from timm_fsr.sites import attach, detach, reattach
-from timm_fsr.tape import record
+from timm_fsr.models.conversion import convert_official
+from timm_fsr.models.pixel import PixelModel
+from timm_fsr.models.pretrained import list_pretrained
+from timm_fsr.models.variants import register_pretrained, register_variants  # and registers the timm variants
+from timm_fsr.training.objectives import AFD, AT, MART, TRADES, Natural, Objective
 from timm_fsr.version import __version__
 
 if TYPE_CHECKING:
-    from timm_fsr.assessment import assess
-    from timm_fsr.corruptions import corrupt
-    from timm_fsr.data import ImageData, load_data
-    from timm_fsr.engine import InterruptedRunError, train
-    from timm_fsr.evaluation import evaluate
-    from timm_fsr.evidence import gather_evidence
-    from timm_fsr.faults import UnsoundError
-    from timm_fsr.hub import from_pretrained, save_pretrained
-    from timm_fsr.leaderboard import model_info, register_alias
-    from timm_fsr.publishing import push_to_hub
-    from timm_fsr.recipe import Recipe
-    from timm_fsr.report import Report
-    from timm_fsr.rescoring import rescore
-    from timm_fsr.rounding import round_weights
-    from timm_fsr.stages import Stage, Suite
+    from timm_fsr.data.dataset import ImageData, load_data
+    from timm_fsr.evaluation.benchmark import assess
+    from timm_fsr.evaluation.corruptions import corrupt
+    from timm_fsr.evaluation.evaluator import evaluate
+    from timm_fsr.evaluation.gradient_masking import gather_evidence
+    from timm_fsr.evaluation.saved_images import rescore
+    from timm_fsr.evaluation.stages import Stage, Suite
+    from timm_fsr.hub.publish import push_to_hub
+    from timm_fsr.hub.robustbench import model_info, register_alias
+    from timm_fsr.models.saving import from_pretrained, round_weights, save_pretrained
+    from timm_fsr.reports.report import Report
+    from timm_fsr.training.recipe import Recipe
+    from timm_fsr.training.step import InterruptedRunError
+    from timm_fsr.training.trainer import train
+    from timm_fsr.utils.errors import UnsoundError
 
 _LATER = {
-    "ImageData": "data",
-    "InterruptedRunError": "engine",
-    "Recipe": "recipe",
-    "Report": "report",
-    "Stage": "stages",
-    "Suite": "stages",
-    "UnsoundError": "faults",
-    "assess": "assessment",
-    "corrupt": "corruptions",
-    "evaluate": "evaluation",
-    "from_pretrained": "hub",
-    "gather_evidence": "evidence",
-    "load_data": "data",
-    "model_info": "leaderboard",
-    "push_to_hub": "publishing",
-    "register_alias": "leaderboard",
-    "rescore": "rescoring",
-    "round_weights": "rounding",
-    "save_pretrained": "hub",
-    "train": "engine",
+    "ImageData": "data.dataset",
+    "InterruptedRunError": "training.step",
+    "Recipe": "training.recipe",
+    "Report": "reports.report",
+    "Stage": "evaluation.stages",
+    "Suite": "evaluation.stages",
+    "UnsoundError": "utils.errors",
+    "assess": "evaluation.benchmark",
+    "corrupt": "evaluation.corruptions",
+    "evaluate": "evaluation.evaluator",
+    "from_pretrained": "models.saving",
+    "gather_evidence": "evaluation.gradient_masking",
+    "load_data": "data.dataset",
+    "model_info": "hub.robustbench",
+    "push_to_hub": "hub.publish",
+    "register_alias": "hub.robustbench",
+    "rescore": "evaluation.saved_images",
+    "round_weights": "models.saving",
+    "save_pretrained": "models.saving",
+    "train": "training.trainer",
 }
 
 __all__ = [

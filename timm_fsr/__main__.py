@@ -2,6 +2,6 @@
 
 import sys
 
-from timm_fsr.cli import main
+from timm_fsr.cli.main import main
 
 sys.exit(main())

@@ -45,17 +45,16 @@ from packing import pack
 from tables import in_common, restricted
 
 import timm_fsr
-from timm_fsr.assessment import assess, check_extras
-from timm_fsr.cards import check_card, render_card
-from timm_fsr.engine import InterruptedRunError
-from timm_fsr.files import file_digest, write_text
-from timm_fsr.hub import load
-from timm_fsr.metadata import check_repo_id
-from timm_fsr.page import mcnemar
-from timm_fsr.parts import publishable, read_parts
-from timm_fsr.recipe import Recipe
-from timm_fsr.report import WORST_CASE, Report
-from timm_fsr.suites import ENSEMBLE, expand_names
+from timm_fsr.evaluation.benchmark import assess, check_extras
+from timm_fsr.evaluation.registry import ENSEMBLE, expand_names
+from timm_fsr.hub.bundle import publishable, read_parts
+from timm_fsr.hub.card import check_card, check_repo_id, render_card
+from timm_fsr.models.saving import load
+from timm_fsr.reports.comparison import mcnemar
+from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.step import InterruptedRunError
+from timm_fsr.utils.files import file_digest, write_text
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -36,15 +36,15 @@ from entries import OWN, PLAIN, SAME, Entry, entries
 from tables import render
 
 import timm_fsr
-from timm_fsr.assessment import assess
-from timm_fsr.data import ImageData
-from timm_fsr.engine import InterruptedRunError
-from timm_fsr.faults import UnsoundError
+from timm_fsr.data.dataset import ImageData
+from timm_fsr.evaluation.benchmark import assess
+from timm_fsr.evaluation.registry import check_names, expand_names
 from timm_fsr.layers import layer_class
-from timm_fsr.recipe import Recipe
-from timm_fsr.report import Report
-from timm_fsr.state import fixed_keys
-from timm_fsr.suites import check_names, expand_names
+from timm_fsr.reports.report import Report
+from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.state import fixed_keys
+from timm_fsr.training.step import InterruptedRunError
+from timm_fsr.utils.errors import UnsoundError
 
 NOT_TRAINED_FROM_SCRATCH = ("afd",)
 ERRORS = (ValueError, OSError, FloatingPointError, ImportError, UnsoundError)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from timm_fsr.layers import layer_class
-from timm_fsr.recipe import Recipe
+from timm_fsr.training.recipe import Recipe
 
 PLAIN, OWN, SAME = "none", "own", "same"
 SAME_PLACE = (-1,)

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from timm_fsr.files import write_text
+from timm_fsr.utils.files import write_text
 
 NOT_PACKED = ("checkpoints", "last", "pack")
 

@@ -13,10 +13,10 @@ from typing import Any
 import timm
 from entries import OWN, SAME, Entry
 
-from timm_fsr.files import write_text
-from timm_fsr.page import mcnemar
-from timm_fsr.report import WORST_CASE, Report
-from timm_fsr.suites import ENSEMBLE
+from timm_fsr.evaluation.registry import ENSEMBLE
+from timm_fsr.reports.comparison import mcnemar
+from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.utils.files import write_text
 
 COLUMNS = {
     "clean": "clean",

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, auxiliary_logits, register_layer
-from timm_fsr.layers.fsr import strongest_wrong_class
+from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.common import auxiliary_logits, strongest_wrong_class
 
 
 @register_layer

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from timm_fsr.utils.errors import unknown
 
 Aux = dict[str, Tensor]
 
@@ -26,7 +26,7 @@ class FeatureLayer(nn.Module):
         surrogates: names of the stand-ins for its gradients that the layer knows; an adaptive attack selects each of
             them in turn. "bypass" and "identity" are the sites' own and work for every layer. A layer whose arguments
             leave a stand-in without meaning takes it out of its own list.
-        surrogate: the one that is selected by `timm_fsr.surrogates.surrogate`; None is the layer itself.
+        surrogate: the one that is selected by `timm_fsr.hooks.surrogates.surrogate`; None is the layer itself.
         wants_aux: set by the site before each forward pass: whether anybody will look at the auxiliary
             outputs. A layer skips what only they need when it is False.
         attack_weight: weight of the layer's own term in what training attacks maximise; 0, the default, is none, and
@@ -77,42 +77,6 @@ class FeatureLayer(nn.Module):
     def resolved_args(self) -> dict[str, Any]:
         """Every keyword argument the layer was built with, defaults included, as plain values."""
         return {key: getattr(self, key) for key in layer_defaults(type(self))}
-
-
-def auxiliary_logits(aux: Aux, logits: Tensor) -> Tensor:
-    """The `logits` (N, classes) among a layer's auxiliary outputs.
-
-    Raises:
-        ValueError: there are none, as the model has num_classes=0, or of another width than the model's `logits`.
-    """
-    found = aux.get("logits")
-    if found is None:
-        raise ValueError(
-            "this feature layer has no auxiliary classifier because the model has num_classes=0; "
-            "call model.reset_classifier(number_of_classes) before training"
-        )
-    if found.shape[1] != logits.shape[1]:
-        raise ValueError(
-            f"the model gives {logits.shape[1]} logits but the layer's auxiliary classifier {found.shape[1]}; "
-            "change the number of classes with model.reset_classifier(), which resets both"
-        )
-    return found
-
-
-def prediction_losses(logits: Tensor, labels: Tensor, clean: Tensor | None = None) -> Tensor:
-    """Loss of auxiliary predictions under attack, one value per image (N,), for `FeatureLayer.attack_losses`.
-
-    The cross-entropy of `logits` (N, classes), or their KL divergence from `clean` ones where these are given.
-    """
-    if clean is None:
-        return F.cross_entropy(logits, labels, reduction="none")
-    both = logits.log_softmax(dim=1), clean.log_softmax(dim=1)
-    return F.kl_div(*both, reduction="none", log_target=True).sum(dim=1)
-
-
-def with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
-    """`value` going forward, `surrogate` going backward."""
-    return surrogate + (value - surrogate).detach()
 
 
 LayerClass = TypeVar("LayerClass", bound=type[FeatureLayer])
@@ -186,11 +150,3 @@ def _same_type(value: Any, default: Any) -> bool:
     """Whether `value` may stand for `default`: an int may for a float, a bool for no number, anything for None."""
     kinds = (int, float) if isinstance(default, float) else type(default)
     return default is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool))
-
-
-def unknown(what: str, given: str, known: list[str]) -> str:
-    """One sentence for an unknown name: what was given, the nearest known names, and all when they are few."""
-    nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
-    listing = f" (known: {', '.join(known)})" if len(known) <= 12 else ""
-    return f"unknown {what} {given!r}{hint}{listing}"

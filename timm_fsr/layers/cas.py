@@ -7,14 +7,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import (
-    Aux,
-    FeatureLayer,
-    auxiliary_logits,
-    prediction_losses,
-    register_layer,
-    with_gradient_of,
-)
+from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.common import auxiliary_logits, prediction_losses, with_gradient_of
 
 
 @register_layer

@@ -8,15 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import (
-    Aux,
-    FeatureLayer,
-    auxiliary_logits,
-    prediction_losses,
-    register_layer,
-    unknown,
-    with_gradient_of,
-)
+from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.common import auxiliary_logits, prediction_losses, with_gradient_of
+from timm_fsr.utils.errors import unknown
 
 _PROBES = ("mixed", "mlp", "linear")
 _SHARPNESS = 5.0  # beta of the softplus in the original probe

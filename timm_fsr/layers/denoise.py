@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, check_choice, register_layer, with_gradient_of
+from timm_fsr.layers.base import Aux, FeatureLayer, check_choice, register_layer
+from timm_fsr.layers.common import with_gradient_of
 
 
 @register_layer

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, check_choice, register_layer, with_gradient_of
+from timm_fsr.layers.base import Aux, FeatureLayer, check_choice, register_layer
+from timm_fsr.layers.common import logistic_noise, soft_mask, strongest_wrong_class, three_convolutions
 
-_WIDE = 10.0
-"""Factor on tau of the surrogate "wide_tau"."""
 _MASK_SURROGATES = ("wide_tau", "straight_through", "detached_mask")
 """Those that change the gradient of the mask."""
 _MODES: dict[str, tuple[str, ...]] = {
@@ -175,43 +173,3 @@ class FSR(FeatureLayer):
         """Add the auxiliary logits of a part of the feature map to `aux`, if they are wanted."""
         if self.wants_aux and self.head is not None:
             aux[f"{name}_logits"] = self.head(feature.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
-
-
-def soft_mask(logits: Tensor, tau: float, surrogate: str | None = None) -> Tensor:
-    """The mask sigmoid(logits / tau), with the gradient of the selected surrogate."""
-    mask = torch.sigmoid(logits / tau)
-    if surrogate == "wide_tau":
-        return with_gradient_of(torch.sigmoid(logits / (_WIDE * tau)), mask)
-    if surrogate == "straight_through":
-        return with_gradient_of(logits, mask)
-    return mask.detach() if surrogate == "detached_mask" else mask
-
-
-def logistic_noise(like: Tensor) -> Tensor:
-    """Standard logistic noise of `like`'s shape, dtype and device.
-
-    It is the difference of two Gumbel variables, so one draw does what the paper's two do: the first entry of
-    softmax([(log s + g1) / tau, (log(1 - s) + g2) / tau]) is sigmoid((logit(s) + g1 - g2) / tau).
-    """
-    uniform = torch.rand_like(like)
-    tiny = torch.finfo(like.dtype).tiny
-    return uniform.clamp_min(tiny).log() - (1 - uniform).clamp_min(torch.finfo(like.dtype).eps / 2).log()
-
-
-def strongest_wrong_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """For each row of `logits` (N, classes) the highest-scoring class that is not in `labels` (N,)."""
-    true_class = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.detach().masked_fill(true_class, float("-inf")).argmax(dim=1)
-
-
-def three_convolutions(channels: int, hidden: int) -> nn.Sequential:
-    """The shape of S and R: two convolution-BN-ReLU blocks of width `hidden`, and a convolution back to C."""
-    return nn.Sequential(
-        nn.Conv2d(channels, hidden, 3, padding=1, bias=False),
-        nn.BatchNorm2d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(hidden, hidden, 3, padding=1, bias=False),
-        nn.BatchNorm2d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(hidden, channels, 3, padding=1, bias=False),
-    )

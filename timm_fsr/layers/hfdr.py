@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
-from timm_fsr.layers.fsr import logistic_noise, soft_mask, three_convolutions
+from timm_fsr.layers.common import logistic_noise, soft_mask, three_convolutions
 
 # High-pass kernels of the steganalysis rich model, as (divisor, rows): of second order in both directions at once, of
 # the square 5x5, and of second order along rows.

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from timm_fsr.layers.base import Aux, FeatureLayer, register_layer, with_gradient_of
+from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.common import with_gradient_of
 
 
 @register_layer

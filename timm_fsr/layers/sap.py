@@ -22,9 +22,9 @@ class SAP(FeatureLayer):
     The scale makes f the expectation of the output. It is random exactly when `self.training`; in eval mode the layer
     is its expectation, the identity, as every layer of this package is deterministic there. So in eval mode the
     network is the base network that was trained with this noise, and its figures are not those of the paper's
-    defence, which is random at test time too: for that, evaluate inside `timm_fsr.surrogates.noisy(model)` and attack
-    by the mean gradient of several passes (EOT), on a line of its own. Athalye et al., 2018 (arXiv 1802.00420) broke
-    the defence in this way.
+    defence, which is random at test time too: for that, evaluate inside `timm_fsr.hooks.surrogates.noisy(model)` and
+    attack by the mean gradient of several passes (EOT), on a line of its own. Athalye et al., 2018 (arXiv 1802.00420)
+    broke the defence in this way.
 
     The gradient is the scale where kept and 0 elsewhere; p, and with it the scale, is taken for constant, as in the
     released operator. The paper prunes behind every activation of a trained network; here at the end of each stage,

@@ -1,0 +1,142 @@
+"""Calibration figures against plain Python loops and values worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from timm_fsr.reports.statistics import calibration, per_class_accuracy
+
+NAN, INF = float("nan"), float("inf")
+
+
+def example(count: int = 200, classes: int = 5, scale: float = 2.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(count, classes, generator=generator) * scale
+    return logits, torch.randint(classes, (count,), generator=generator)
+
+
+def softmax(row: list[float]) -> list[float]:
+    powers = [math.exp(value - max(row)) for value in row]
+    return [power / sum(powers) for power in powers]
+
+
+class TestCalibration:
+    @pytest.mark.parametrize("bins", [1, 7, 15])
+    def test_it_equals_plain_loops(self, bins):
+        logits, labels = example()
+        found = calibration(logits, labels, bins=bins)
+        groups: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
+        nll = brier = 0.0
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+            probabilities = softmax(row)
+            confidence = max(probabilities)
+            right = probabilities.index(confidence) == label
+            place = next(m for m in range(bins) if m / bins < confidence <= (m + 1) / bins)
+            groups[place].append((confidence, right))
+            nll -= math.log(probabilities[label])
+            brier += sum((p - (k == label)) ** 2 for k, p in enumerate(probabilities))
+        count = len(labels)
+        pairs = [pair for group in groups for pair in group]
+        assert found["bins"]["count"] == [len(group) for group in groups]
+        assert found["negative_log_likelihood"] == pytest.approx(nll / count)
+        assert found["brier_score"] == pytest.approx(brier / count)
+        assert found["accuracy"] == sum(right for _, right in pairs) / count
+        assert found["mean_confidence"] == pytest.approx(sum(confidence for confidence, _ in pairs) / count)
+        ece = 0.0
+        for group, confidence, accuracy in zip(
+            groups, found["bins"]["confidence"], found["bins"]["accuracy"], strict=True
+        ):
+            if not group:
+                assert confidence is accuracy is None
+                continue
+            assert confidence == pytest.approx(sum(value for value, _ in group) / len(group))
+            assert accuracy == sum(right for _, right in group) / len(group)
+            ece += len(group) / count * abs(accuracy - confidence)
+        assert found["expected_calibration_error"] == pytest.approx(ece)
+
+    def test_certain_and_right_is_perfect(self):
+        found = calibration(torch.eye(3) * 1000, torch.arange(3))
+        assert [
+            found[key]
+            for key in (
+                "accuracy",
+                "mean_confidence",
+                "expected_calibration_error",
+                "negative_log_likelihood",
+                "brier_score",
+            )
+        ] == [1, 1, 0, 0, 0]
+        assert found["bins"]["count"] == [0] * 14 + [3]
+
+    def test_certain_and_wrong_is_worst(self):
+        found = calibration(torch.eye(2) * 1000, torch.tensor([1, 0]))
+        assert [
+            found[key] for key in ("accuracy", "expected_calibration_error", "negative_log_likelihood", "brier_score")
+        ] == [0, 1, 1000, 2]
+
+    def test_a_border_belongs_to_the_bin_below(self):
+        found = calibration(torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]), bins=10)
+        assert found["bins"]["count"] == [0, 0, 0, 0, 4, 0, 0, 0, 0, 0]
+        assert found["expected_calibration_error"] == pytest.approx(0.25)
+        assert found["negative_log_likelihood"] == pytest.approx(math.log(2))
+
+    def test_half_precision_logits_are_summed_in_double(self):
+        logits, labels = example()
+        low = calibration(logits.bfloat16(), labels)
+        assert low == calibration(logits.bfloat16().double(), labels)
+
+    def test_the_values_are_plain_json(self):
+        found = calibration(*example())
+        assert json.loads(json.dumps(found)) == found
+
+    @pytest.mark.parametrize(
+        ("logits", "labels", "bins", "message"),
+        [
+            (torch.zeros(2, 3).long(), torch.tensor([0, 1]), 15, "floating point"),
+            (torch.zeros(2), torch.tensor([0, 1]), 15, r"shape \(2,\)"),
+            (torch.zeros(0, 3), torch.tensor([]).long(), 15, "one image or more"),
+            (torch.tensor([[0.0, NAN]]), torch.tensor([0]), 15, "NaN or infinite"),
+            (torch.tensor([[0.0, INF]]), torch.tensor([0]), 15, "NaN or infinite"),
+            (torch.zeros(2, 3), torch.tensor([0]), 15, r"labels have shape \(1,\)"),
+            (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), 15, "int64"),
+            (torch.zeros(2, 3), torch.tensor([0, 3]), 15, "labels run from 0 to 3, but there are 3 classes"),
+            (torch.zeros(2, 3), torch.tensor([-1, 0]), 15, "labels run from -1"),
+            (torch.zeros(2, 3), torch.tensor([0, 1]), 0, "bins=0 leaves no bin"),
+        ],
+    )
+    def test_refusals(self, logits, labels, bins, message):
+        with pytest.raises(ValueError, match=message):
+            calibration(logits, labels, bins=bins)
+
+
+class TestPerClassAccuracy:
+    def test_it_equals_plain_loops(self):
+        logits, labels = example(classes=6)
+        correct = logits.argmax(1) == labels
+        expected: list[float | None] = []
+        for label in range(8):
+            flags = [flag for flag, own in zip(correct.tolist(), labels.tolist(), strict=True) if own == label]
+            expected.append(sum(flags) / len(flags) if flags else None)
+        assert expected[6:] == [None, None]
+        assert per_class_accuracy(correct, labels, 8) == expected
+
+    def test_no_image_at_all(self):
+        assert per_class_accuracy(torch.zeros(0).bool(), torch.zeros(0).long(), 2) == [None, None]
+
+    @pytest.mark.parametrize(
+        ("correct", "labels", "message"),
+        [
+            (torch.tensor([1, 0]), torch.tensor([0, 1]), "one bool per image"),
+            (torch.tensor([[True]]), torch.tensor([0]), r"shape \(1, 1\)"),
+            (torch.tensor([True]), torch.tensor([0, 1]), r"labels have shape \(2,\)"),
+            (torch.tensor([True]), torch.tensor([2]), "labels run from 2 to 2, but there are 2 classes"),
+        ],
+    )
+    def test_refusals(self, correct, labels, message):
+        with pytest.raises(ValueError, match=message):
+            per_class_accuracy(correct, labels, 2)

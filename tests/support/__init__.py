@@ -1,0 +1,1 @@
+"""What tests share: small models, toy defences, a Hub on the loopback interface, a stand-in device."""

@@ -1,0 +1,100 @@
+"""The data part of a recipe: extra images, streamed images, and what is refused before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from timm_fsr.data.augment import Augmentation, ResizedCrop
+from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.streaming import StreamedData
+from timm_fsr.training.options import DataOptions
+from timm_fsr.training.parsing import options_parser, read_options, write_options
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A recipe of data only."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+
+
+def read(*flags: str) -> DataOptions:
+    arguments = [f"--data.{flag}" for flag in flags]
+    return read_options(Outer, arguments, options_parser(Outer, prog="x", description="x")).data
+
+
+def generated(folder: Path, labels: int = 10) -> str:
+    """An archive of 60 images of another size, in colour."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 14, 14, 3), np.uint8)
+    np.savez(folder / "generated.npz", image=images, label=np.arange(60) % labels)
+    return str(folder / "generated.npz")
+
+
+def test_written_and_read_again():
+    flags = ["extra_source=x.npz", "extra_fraction=7/10", "extra_limit=9", "extra_split=test"]
+    options = read(*flags)
+    assert (options.extra_fraction, options.extra_limit, options.extra_split) == (0.7, 9, "test")
+    options = read("streamed=true", "size=8", "workers=1", "crop_scale=['1/4', 1]")
+    assert options.augmentation() == ResizedCrop(scale=(0.25, 1.0), flip=True)
+    assert "- 0.25" in write_options(options)
+    assert read("streamed=true", "size=8").augmentation() == Augmentation(padding=4, flip=True)
+
+
+class TestExtra:
+    def test_gets_the_classes_and_size_of_the_others(self, tmp_path):
+        options = DataOptions(extra_source=generated(tmp_path), extra_fraction=0.5, extra_limit=20)
+        options.check()
+        test = options.build_test(progress=False)
+        extra = options.build_extra(test.classes, test.image_size, progress=False)
+        assert isinstance(extra, ImageData)
+        assert (extra.classes, extra.image_size, len(extra)) == (test.classes, (1, 28, 28), 20)
+        assert extra.labels.bincount().tolist() == [2] * 10
+
+    def test_none(self):
+        assert DataOptions().build_extra(("a",), (3, 8, 8)) is None
+
+    def test_of_other_classes(self, tmp_path):
+        options = DataOptions(extra_source=generated(tmp_path, labels=12), extra_fraction=0.5)
+        with pytest.raises(ValueError, match=r"generated\.npz.* labels from 0 to 11 but 10 classes"):
+            options.build_extra(tuple("abcdefghij"), (3, 32, 32), progress=False)
+
+
+class TestStreamed:
+    def test_builds_the_same_parts_as_in_memory(self):
+        common = {"limit_train": 60, "limit_test": 20, "held_out": 10, "size": 28}
+        held, streamed = DataOptions(**common), DataOptions(**common, streamed=True, workers=0)
+        streamed.check()
+        for expected, data in zip(
+            (*held.build(seed=1, progress=False), held.build_test(progress=False)),
+            (*streamed.build(seed=1, progress=False), streamed.build_test(progress=False)),
+            strict=True,
+        ):
+            assert isinstance(data, StreamedData)
+            assert (data.name, data.workers) == (expected.name, 0)
+            assert torch.equal(next(data.batches(60))[0], next(expected.batches(60))[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["extra_fraction=0.5"], "about data.extra_source, which is not set"),
+        (["extra_limit=5"], "about data.extra_source, which is not set"),
+        (["extra_source=x"], r"extra_fraction=0\.0 is no share .* such as 0\.7"),
+        (["extra_source=x", "extra_fraction=1"], r"extra_fraction=1\.0 is no share"),
+        (["streamed=true"], r"set data\.size"),
+        (["crop_scale=[0.2,1]"], r"set data\.streamed to true or leave out data\.crop_scale"),
+        (["streamed=true", "size=8", "crop_scale=[0,1]"], r"crop_scale=\[0\.0, 1\.0\] is no range"),
+        (["streamed=true", "size=8", "extra_source=x", "extra_fraction=0.5"], "leave out one of the two"),
+        (["workers=-1"], "workers=-1 must be 0 or more"),
+        (["held_out=0"], "held_out=0 must be at least 1"),
+        (["crop_padding=-1"], "crop_padding=-1 must be 0 or more"),
+    ],
+)
+def test_refuses(flags, message):
+    with pytest.raises(ValueError, match=message):
+        read(*flags).check()

@@ -1,0 +1,1 @@
+"""Attacks: each maximises a loss it is handed, and knows nothing of models, data or training."""

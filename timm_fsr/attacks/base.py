@@ -1,0 +1,191 @@
+"""What an attack is: the contract, the loss it is handed, and the mode a model is attacked in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Judged(NamedTuple):
+    """What a loss function may return in the place of the loss, so that no attack trades a success for a higher loss.
+
+    Attributes:
+        loss: (N,), to be maximised.
+        fooled: (N,) bool: is the image misclassified? By the logits of the same pass, so it costs nothing.
+    """
+
+    loss: Tensor
+    fooled: Tensor
+
+
+LossFunction = Callable[[Tensor], Tensor | Judged]
+NORMS = ("linf", "l2")
+
+
+def check_eps(norm: str, eps: float) -> None:
+    """Refuse what is no radius in pixels of [0, 1].
+
+    Raises:
+        ValueError: a negative or infinite radius, or one in pixels of [0, 255].
+    """
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps={eps} must be 0 or more: it is a radius in pixels of [0, 1], such as 8/255")
+    if norm == "linf" and eps > 1:
+        raise ValueError(
+            f"eps={eps:g} is more than pixels in [0, 1] can change by; eps is in these units: write {eps:g}/255"
+        )
+
+
+class Kept:
+    """Of each image the best of several attacked ones: a misclassified one before others, then that of highest loss.
+
+    Where a gradient or a loss was NaN, what is kept is NaN too: a better one must not hide that no attack can climb.
+
+    Args:
+        attacked: (N, C, H, W), the first ones.
+        found: what the loss function has returned for them.
+        ties: a later one of equal loss wins.
+    """
+
+    def __init__(self, attacked: Tensor, found: Judged, *, ties: bool = False) -> None:
+        self.attacked, self.found, self.ties = attacked, found, ties
+        self.broken = found.loss.isnan()
+
+    def update(self, attacked: Tensor, found: Judged) -> None:
+        """Keep the better of each image."""
+        loss, fooled = self.found
+        higher = found.loss >= loss if self.ties else found.loss > loss
+        better = torch.where(found.fooled == fooled, higher, found.fooled)
+        self.attacked = torch.where(better.view(-1, 1, 1, 1), attacked, self.attacked)
+        self.found = Judged(torch.where(better, found.loss, loss), fooled | found.fooled)
+        self.broken |= found.loss.isnan()
+
+    def result(self) -> Tensor:
+        """(N, C, H, W), what is kept of each image."""
+        return self.attacked.masked_fill(self.broken.view(-1, 1, 1, 1), torch.nan)
+
+
+class Attack(Protocol):
+    """Anything that turns images (N, C, H, W) in [0, 1] into adversarial ones, given a loss to maximise."""
+
+    @property
+    def eps(self) -> float:
+        """Radius of the ball, in pixels of [0, 1]."""
+
+    def __call__(self, loss_fn: LossFunction, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Adversarial images of the same shape, in [0, 1] and within eps of `images`."""
+
+    def with_eps(self, eps: float) -> Attack:
+        """The same attack in another ball."""
+
+
+def is_one_step(attack: Attack) -> bool:
+    """Whether an attack takes a single gradient step, so that training by it may overfit catastrophically."""
+    return getattr(attack, "steps", 1) == 1
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode (running BN statistics, no noise, no dropout); training flags are restored one by one at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def attack_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode (running BN statistics, no noise, no dropout) and frozen parameters while an attack runs.
+
+    Training flags and `requires_grad` are restored one by one at the end, also after an exception.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        with eval_mode(model):
+            yield model
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def input_gradient(loss_fn: LossFunction, images: Tensor) -> Tensor:
+    """Gradient of the summed loss with respect to `images`, also inside `torch.no_grad`; nothing else is touched."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_(True)
+        loss = loss_of(loss_fn(images))
+        if loss.shape not in ((), images.shape[:1]):
+            raise ValueError(
+                f"loss_fn returned shape {tuple(loss.shape)} for {len(images)} images; "
+                "return one loss per image (N,) or their sum"
+            )
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on the images; loss_fn must call the model on its argument")
+        (gradient,) = torch.autograd.grad(loss.sum(), images)
+    return gradient
+
+
+def anchored(loss_fn: LossFunction) -> LossFunction:
+    """The same loss, but with a gradient of zero where it does not depend on the images, instead of an error.
+
+    A model that cuts its gradient off has to be attacked all the same.
+    """
+
+    def loss(images: Tensor) -> Tensor | Judged:
+        found, nothing = loss_fn(images), 0 * images.sum()
+        return Judged(found.loss + nothing, found.fooled) if isinstance(found, Judged) else found + nothing
+
+    return loss
+
+
+def judged_loss(
+    model: Callable[[Tensor], Tensor], loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor
+) -> LossFunction:
+    """What an attack on `model` maximises: `loss` of logits (N, classes) and labels (N,), judged and anchored."""
+
+    def judged(images: Tensor) -> Judged:
+        logits = model(images)
+        return Judged(loss(logits, labels), logits.detach().argmax(dim=1) != labels)
+
+    return anchored(judged)
+
+
+def loss_of(found: Tensor | Judged) -> Tensor:
+    """The loss alone of what a loss function has returned."""
+    return found.loss if isinstance(found, Judged) else found
+
+
+def random_in_ball(like: Tensor, norm: str, eps: float, generator: torch.Generator | None = None) -> Tensor:
+    """A uniformly random point of the ball of radius eps, for each image of the shape of `like` (N, C, H, W)."""
+    if norm == "linf":
+        return torch.empty_like(like).uniform_(-eps, eps, generator=generator)
+    direction = torch.empty_like(like).normal_(generator=generator)
+    uniform = torch.empty(len(like), 1, 1, 1, device=like.device, dtype=like.dtype).uniform_(generator=generator)
+    radius = eps * uniform ** (1 / like[0].numel())
+    return direction * (radius / l2_norms(direction).clamp_min(torch.finfo(like.dtype).tiny))
+
+
+def in_proportion(step_size: float | None, eps: float, old_eps: float) -> float | None:
+    """The step size that goes with `eps` as `step_size` went with `old_eps`; None is the attack's own."""
+    if step_size is None or not old_eps:
+        return step_size
+    return step_size * eps / old_eps or None
+
+
+def ascent_direction(gradient: Tensor, norm: str) -> Tensor:
+    """The unit step that raises the loss most: the sign in Linf, the normalised gradient in L2."""
+    if norm == "linf":
+        return torch.where(gradient.isnan(), gradient, gradient.sign())  # sign(NaN) is 0, which would hide a fault
+    return gradient / l2_norms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def l2_norms(tensor: Tensor) -> Tensor:
+    """Length (N, 1, 1, 1) of each image's vector."""
+    return tensor.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

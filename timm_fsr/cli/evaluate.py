@@ -1,0 +1,244 @@
+"""timm-fsr evaluate: attack a model and report its robust accuracy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from timm_fsr.data.dataset import ImageData, load_data
+from timm_fsr.data.sources import EMBEDDED
+from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_classes, check_extras
+from timm_fsr.evaluation.evaluator import Standing, evaluate
+from timm_fsr.evaluation.inference import BATCH_SIZE
+from timm_fsr.evaluation.registry import check_names
+from timm_fsr.evaluation.saved_images import rescore
+from timm_fsr.models.saving import load, training_report
+from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.training.parsing import parse_number
+from timm_fsr.utils.distributed import join_processes
+from timm_fsr.utils.files import staged
+from timm_fsr.utils.progress import bar
+
+_EVALUATE = """Clean and robust accuracy of a model, and the evidence for it.
+
+Attacks: fgsm, pgd20, pgd100x5 (restarts), cw30, apgd100, official (what the FSR repository tests), standard, plus and
+rand (AutoAttack), apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, adaptive (made for feature layers), transfer. The
+figure that counts is the per-image worst case of all that are given. With --output the outcomes are kept: the same
+command, given again after a kill or with more attacks, goes on where it was. `accelerate launch -m timm_fsr evaluate`
+shares the images over processes."""
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """`timm-fsr evaluate MODEL`: attack a model, print the outcome, and write it to a folder if one is given."""
+    options = _evaluate_parser().parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    if options.attacked:
+        _check_attacked(options)
+        _rescore(options, console)
+        return
+    _check_options(options)
+    accelerator = join_processes()
+    console.quiet = accelerator is not None and not accelerator.is_main_process
+    device = _default_device() if options.device is None else options.device
+    if accelerator is not None:
+        if options.device is not None:
+            raise ValueError("--device is for one process; `accelerate launch` gives each its own: leave it out")
+        device = accelerator.device
+    model = _load_model(options, device)
+    sources = {source: load(source, pretrained=True).to(device) for source in options.transfer_from}
+    data = _load_images(options, progress=not console.quiet)
+    check_classes(model, data)
+    common: dict[str, Any] = {
+        "norm": options.norm,
+        "eps": options.eps,
+        "attacks": options.attacks,
+        "seed": options.seed,
+        "name": options.model,
+        "transfer_from": sources,
+        "accelerator": accelerator,
+    }
+    share = len(data) // (1 if accelerator is None else accelerator.num_processes)
+    with bar(console, "evaluation", share) as show:
+
+        def progress(now: Standing) -> None:
+            show(now.images, f"at most {100 * now.bound:.1f} % robust, {now.stage}")
+
+        if options.output:
+            report = assess(
+                model,
+                data,
+                options.output,
+                **common,
+                evidence_images=options.evidence,
+                corruption_images=options.corruptions,
+                trained=None if options.checkpoint else training_report(options.model, model),
+                batch_size=options.batch_size,
+                overwrite=options.overwrite,
+                save_images=options.save_images,
+                progress=progress,
+                announce=lambda part: console.print(f"now: {part}"),
+            )
+        else:
+            report = evaluate(model, data.batches(options.batch_size), **common, data_name=data.name, progress=progress)
+    _print_report(report, options, console)
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="timm-fsr evaluate", description=_EVALUATE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", help="a folder such as train's OUTPUT/best, or the timm name of a model with weights (hf-hub:)"
+    )
+    parser.add_argument(
+        "--checkpoint", help="file of weights (.safetensors or .pth) for a model given by its timm name"
+    )
+    parser.add_argument("--num-classes", type=int, help="classes of a model whose weights come from --checkpoint")
+    data = parser.add_argument_group("data")
+    kinds = "a folder (images, Parquet, IDX), a file (Parquet, npz) or a Hub id"
+    data.add_argument("--data", default=EMBEDDED, help=f"{EMBEDDED} (embedded, the default), {kinds}")
+    data.add_argument("--split", default="test")
+    data.add_argument("--config", help="configuration of a Hub data set")
+    data.add_argument("--image-column")
+    data.add_argument("--label-column")
+    data.add_argument("--size", type=int, help="scale and centre-crop the images to this side")
+    data.add_argument("--channels", type=int, choices=[1, 3])
+    data.add_argument("--limit", type=int, help="evaluate so many images, balanced, instead of all")
+    attack = parser.add_argument_group("attacks")
+    attack.add_argument("--norm", default="linf", choices=["linf", "l2", "l1"])
+    attack.add_argument("--eps", type=_number, default=8 / 255, help="radius in pixels of [0, 1], such as 8/255")
+    attack.add_argument("--attacks", nargs="*", default=["fgsm", "pgd20"], help="see above")
+    attack.add_argument(
+        "--transfer-from", nargs="+", default=[], metavar="MODEL", help="models to transfer attacks from"
+    )
+    attack.add_argument("--attacked", metavar="FOLDER", help="only try the images that another evaluation has saved")
+    attack.add_argument("--seed", type=int, default=0)
+    attack.add_argument(
+        "--batch-size", type=int, default=BATCH_SIZE, help=f"images per pass, to fit the memory (default {BATCH_SIZE})"
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument("--output", help=f"folder for {REPORT}, {PAGE} and the outcomes to resume from")
+    results.add_argument("--overwrite", action="store_true", help="replace what the folder holds of another evaluation")
+    results.add_argument("--save-images", action="store_true", help="keep the attacked images, for --attacked")
+    results.add_argument(
+        "--evidence",
+        type=int,
+        default=0,
+        metavar="IMAGES",
+        help="gather evidence of honest gradients on so many images",
+    )
+    results.add_argument(
+        "--corruptions",
+        type=int,
+        default=0,
+        metavar="IMAGES",
+        help="common corruptions, 15 in 5 severities, of so many",
+    )
+    parser.add_argument("--device", type=_device, help=f"cpu, cuda, ... (default {_default_device()})")
+    return parser
+
+
+def _check_attacked(options: argparse.Namespace) -> None:
+    """Refuse what --attacked, which attacks nothing and writes nothing, has no use for."""
+    parser = _evaluate_parser()
+    used = ("model", "checkpoint", "num_classes", "attacked", "device")
+    for name, value in vars(options).items():
+        if name not in used and value != parser.get_default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} means nothing with --attacked, which only tries the images of another "
+                "evaluation; leave it out"
+            )
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse what cannot work before models and images are loaded."""
+    check_names(options.attacks, options.norm, options.eps, sources=bool(options.transfer_from))
+    if options.transfer_from and not {"adaptive", "transfer"} & set(options.attacks):
+        raise ValueError("--transfer-from is for the attacks 'adaptive' and 'transfer'; name one with --attacks")
+    check_extras(options.norm, evidence_images=options.evidence, corruption_images=options.corruptions)
+    needs_folder = {
+        "--save-images": options.save_images,
+        "--evidence": options.evidence,
+        "--corruptions": options.corruptions,
+        "--overwrite": options.overwrite,
+    }
+    for flag, given in needs_folder.items():
+        if given and not options.output:
+            raise ValueError(f"{flag} needs a folder to write to; add --output FOLDER")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size={options.batch_size} must be 1 or more")
+    if options.output:
+        if Path(options.output).suffix in (".json", ".html") or Path(options.output).is_file():
+            raise ValueError(f"--output takes a folder, for several files, but {options.output} is a file's name")
+        with staged(Path(options.output)):
+            pass  # a folder that cannot be written is better known before the attacks run than after
+
+
+def _load_model(options: argparse.Namespace, device: torch.device) -> nn.Module:
+    if options.checkpoint is None:
+        if options.num_classes is not None:
+            raise ValueError("--num-classes belongs to --checkpoint; other weights bring their own number of classes")
+        return load(options.model, pretrained=True).to(device)
+    classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    if not Path(options.checkpoint).is_file():
+        raise FileNotFoundError(f"there is no file {options.checkpoint}; check the path given with --checkpoint")
+    return load(options.model, pretrained=False, checkpoint_path=options.checkpoint, **classes).to(device)
+
+
+def _load_images(options: argparse.Namespace, *, progress: bool) -> ImageData:
+    return load_data(
+        options.data,
+        options.split,
+        config=options.config,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        size=options.size,
+        channels=options.channels,
+        limit=options.limit,
+        progress=progress,
+    )
+
+
+def _rescore(options: argparse.Namespace, console: Console) -> None:
+    model = _load_model(options, options.device or _default_device())
+    for suite, outcome in rescore(model, options.attacked).items():
+        console.print(f"{options.model} on images attacked by {suite}: {outcome.sentence()}", markup=False)
+
+
+def _print_report(report: Report, options: argparse.Namespace, console: Console) -> None:
+    for name in (*report.correct, WORST_CASE):
+        value = report.worst_case if name == WORST_CASE else report.accuracy[name]
+        low, high = report.interval(name)
+        console.print(
+            f"{name.replace('_', ' '):>20}  {100 * value:6.2f} %  [{100 * low:.1f}, {100 * high:.1f}]", markup=False
+        )
+    findings = [f"{finding['level']}: {finding['text']}" for finding in report.evidence.get("findings", ())]
+    for line in (*report.notes, *findings):
+        console.print(line, markup=False)
+    console.print(f"{options.model} on {report.conditions['data']}: {report.summary()}", markup=False)
+    if options.output:
+        console.print(f"results in {options.output}: {REPORT}, {PAGE}", markup=False)
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; use cpu") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return parse_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

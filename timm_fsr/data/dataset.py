@@ -1,0 +1,237 @@
+"""Images and labels in memory: loading, choosing, splitting."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from timm_fsr.data.decoding import Rows, check_range
+from timm_fsr.data.sources import open_rows
+from timm_fsr.utils.random import derive_generator
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images with one label each, held as one uint8 tensor.
+
+    Attributes:
+        images: uint8 tensor (N, C, H, W); `batch` and `batches` give it as floats in [0, 1].
+        labels: int64 tensor (N,), 0 <= label < len(classes), on the device of `images`.
+        classes: the name of each class.
+        name: where the images came from, for logs and reports.
+
+    Raises:
+        ValueError: the tensors have other types, shapes or ranges than these.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"images must be a uint8 tensor (N, C, H, W), got {self.images.dtype} with shape "
+                f"{tuple(self.images.shape)}; scale to 0..255 and convert with .to(torch.uint8)"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels must be an int64 tensor with one label for each of {len(self.images)} images, got "
+                f"{self.labels.dtype} with shape {tuple(self.labels.shape)}; use .long() and match lengths"
+            )
+        if self.images.numel() == 0:
+            raise ValueError(f"{self.name} has no images; check the source, the split and the limit")
+        check_range(self.labels, len(self.classes), self.name)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, whether or not each has an image here."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of a SHA-256 over shape, pixels and labels."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def take(self, indices: Tensor) -> ImageData:
+        """The images at `indices`, an int64 tensor (M,), in that order."""
+        indices = indices.to(self.images.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def head(self, count: int) -> ImageData:
+        """The first `count` images, or all if there are fewer."""
+        return replace(self, images=self.images[:count], labels=self.labels[:count])
+
+    def subset(self, count: int, *, seed: int = 0) -> ImageData:
+        """`count` images drawn by `seed`, each class in its share, in their order here.
+
+        Raises:
+            ValueError: `count` is not between 1 and the number of images.
+        """
+        return self if count == len(self) else self.split(count, seed=seed)[1]
+
+    def split(self, held_out: int | float, *, seed: int = 0) -> tuple[ImageData, ImageData]:
+        """Two disjoint parts (rest, held out), each class in its share in both, in their order here.
+
+        Args:
+            held_out: the number of images (int) or the fraction of them (float in (0, 1)) in the second part.
+            seed: with the labels the only thing that decides which images are held out.
+
+        Raises:
+            ValueError: one part would be empty.
+        """
+        rest, chosen = split_indices(self.labels.cpu(), held_out, seed=seed, name=self.name)
+        drawn = f"{len(chosen)} of {len(self)}, seed {seed}"
+        return (
+            replace(self.take(rest), name=f"{self.name} without held-out ({drawn})"),
+            replace(self.take(chosen), name=f"{self.name} held-out ({drawn})"),
+        )
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Float images (M, C, H, W) in [0, 1] and int64 labels (M,) at `indices`, an int64 tensor (M,)."""
+        picked = self.take(indices)
+        return picked.images.float().div_(255), picked.labels
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in [0, 1] and labels in natural order; the last batch may be smaller."""
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield images.float().div_(255), labels
+
+
+def load_data(
+    source: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: Sequence[str] | None = None,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> ImageData:
+    """Reads and decodes one split of an image classification data set.
+
+    Args:
+        source: `"fashion_mnist"` (inside this package); a Parquet file, a glob of them or a folder with
+            `<split>-*.parquet` or `<split>/*.parquet`; a folder of images `[<split>/]<class>/<image>`; a
+            folder of IDX files as MNIST has them; an `.npz` file with arrays "image", uint8 (N, H, W, 3) or
+            (N, H, W), and "label", whole numbers (N,); else the id of a data set on the Hub.
+        split: `"train"`, `"test"` or another name that the source has. A Parquet file, a glob or an `.npz` file is
+            one split: either its name begins with `split`, or `split` is left at the default.
+        config: the configuration, for a Hub data set with several.
+        image_column: the column with images; found by its usual names if not given.
+        label_column: the column with labels; found by its usual names if not given.
+        classes: class names in label order, to make a test split agree with its train split.
+        size: (height, width), or both in one number, that images are scaled (bicubic) and centre-cropped to.
+        channels: 1 for grey or 3 for RGB; whichever the images have if not given.
+        limit: the largest number of images to decode, each class in its share and always the same ones.
+        progress: show a progress bar on stderr if that is a terminal.
+
+    Returns:
+        The split on the CPU, in its stored order.
+
+    Raises:
+        FileNotFoundError: the path does not exist (one that could be a Hub id, "a/b", is looked for there: ValueError).
+        ValueError: the source, split, column, label or image cannot be read; the message says what to change.
+    """
+    box = (size, size) if isinstance(size, int) else size
+    check_format(box, channels)
+    rows = open_rows(os.fspath(source), split, config=config, image_column=image_column, label_column=label_column)
+    chosen = choose(rows, tuple(classes) if classes else None, limit)
+    images = rows.decode(chosen.indices.tolist(), size=box, channels=channels, progress=progress)
+    return ImageData(images, chosen.labels, chosen.classes, chosen.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Which rows of a source are used, and how they are labelled.
+
+    Attributes:
+        indices: their positions in the source, an int64 tensor (N,) in ascending order.
+        labels: int64 tensor (N,).
+        classes: the name of each class.
+        name: where they come from, for logs and reports.
+    """
+
+    indices: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+
+
+def choose(rows: Rows, classes: tuple[str, ...] | None, limit: int | None) -> Chosen:
+    """At most `limit` of `rows`, each class in its share and always the same ones, labelled by `classes`.
+
+    Raises:
+        ValueError: the limit leaves nothing, or labels and classes do not fit.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no images; use 1 or more, or None for all of them")
+    labels, names = rows.encode(classes)
+    if limit is None or limit >= len(labels):
+        return Chosen(torch.arange(len(labels)), labels, names, rows.name)
+    indices = _stratified(labels, limit, seed=0)
+    return Chosen(indices, labels[indices], names, f"{rows.name} limited to {limit}")
+
+
+def check_format(size: tuple[int, int] | None, channels: int | None) -> None:
+    """Raise ValueError for a (height, width) or a number of channels that no image can have."""
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); leave it out to keep what images have")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it")
+
+
+def split_indices(labels: Tensor, held_out: int | float, *, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """Ascending positions (rest, held out) in `labels`, as `ImageData.split` draws them.
+
+    Raises:
+        ValueError: one part would be empty.
+    """
+    count = round(held_out * len(labels)) if isinstance(held_out, float) else held_out
+    if not 0 < count < len(labels):
+        raise ValueError(
+            f"cannot hold out {held_out} of the {len(labels)} images of {name}; "
+            f"use a count from 1 to {len(labels) - 1} or a fraction between 0 and 1"
+        )
+    chosen = _stratified(labels, count, seed)
+    rest = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, chosen, False).nonzero().flatten()
+    return rest, chosen
+
+
+def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` sorted positions in `labels`, each class within one of its exact share."""
+    totals = labels.bincount()
+    share = totals * count
+    quotas = share // len(labels)
+    missing = count - int(quotas.sum())
+    quotas[(share % len(labels)).argsort(descending=True, stable=True)[:missing]] += 1
+    shuffled = torch.randperm(len(labels), generator=derive_generator(seed, 0, 0, 0, stream="split"))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    place = torch.arange(len(labels)) - (totals.cumsum(0) - totals).repeat_interleave(totals)
+    return by_class[place < quotas.repeat_interleave(totals)].sort().values

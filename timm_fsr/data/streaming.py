@@ -1,0 +1,265 @@
+"""Image classification data that is decoded when it is needed, for data sets that do not fit in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from timm_fsr.data.augment import ResizedCrop
+from timm_fsr.data.dataset import ImageData, check_format, choose, split_indices
+from timm_fsr.data.decoding import MODES, Rows, check_range, fit, mode_of, pixels_of
+from timm_fsr.data.sources import open_rows
+from timm_fsr.utils.random import derive_generator
+
+_TOGETHER = 8  # images read at once: asking the table for one costs as much as decoding a small one
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedData:
+    """Images with one label each, read and decoded when they are asked for; otherwise as `ImageData`.
+
+    Attributes:
+        rows: the source of the images; its labels are not used.
+        indices: int64 tensor (N,), the rows of the source that belong to this data, on the CPU.
+        labels: int64 tensor (N,), 0 <= label < len(classes), on `device`.
+        classes: the name of each class.
+        name: where the images came from, for logs and reports.
+        size: (height, width) that images are scaled to.
+        mode: "L" for grey or "RGB".
+        channels: 1 or 3 if that was asked for; None refuses a coloured image among grey ones.
+        workers: processes that decode, at most one per processor core; 0 decodes in this process. The images do not
+            depend on it. They start anew for each pass, which takes seconds on systems that do not fork.
+        device: where batches go.
+
+    Raises:
+        ValueError: there are no images, or labels do not fit them or the classes.
+    """
+
+    rows: Rows
+    indices: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    size: tuple[int, int]
+    mode: str = "RGB"
+    channels: int | None = None
+    workers: int = 4
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.labels.shape != self.indices.shape or not len(self.labels):
+            raise ValueError(
+                f"{self.name} has {len(self.labels)} labels for {len(self.indices)} images; give one label to each "
+                "image, and at least one image"
+            )
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must be 0 or more; 0 decodes without further processes")
+        check_range(self.labels, len(self.classes), self.name)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, whether or not each has an image here."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return (1 if self.mode == "L" else 3, *self.size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of a SHA-256 over count, image size, class names, rows and labels.
+
+        Pixels are not in it, as that would mean decoding every image: other images in the same order with the same
+        labels have the same fingerprint.
+        """
+        digest = hashlib.sha256(repr((len(self), self.image_size, self.classes)).encode())
+        for tensor in (self.indices, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def to(self, device: torch.device | str) -> StreamedData:
+        """The same data, whose batches go to another device."""
+        return replace(self, labels=self.labels.to(device), device=torch.device(device))
+
+    def take(self, indices: Tensor) -> StreamedData:
+        """The images at `indices`, an int64 tensor (M,), in that order."""
+        return replace(self, indices=self.indices[indices.cpu()], labels=self.labels[indices.to(self.labels.device)])
+
+    def head(self, count: int) -> StreamedData:
+        """The first `count` images, or all if there are fewer."""
+        return replace(self, indices=self.indices[:count], labels=self.labels[:count])
+
+    def subset(self, count: int, *, seed: int = 0) -> StreamedData:
+        """As `ImageData.subset`, with the same images."""
+        return self if count == len(self) else self.split(count, seed=seed)[1]
+
+    def split(self, held_out: int | float, *, seed: int = 0) -> tuple[StreamedData, StreamedData]:
+        """As `ImageData.split`, with the same images in both parts."""
+        rest, chosen = split_indices(self.labels.cpu(), held_out, seed=seed, name=self.name)
+        drawn = f"{len(chosen)} of {len(self)}, seed {seed}"
+        return (
+            replace(self.take(rest), name=f"{self.name} without held-out ({drawn})"),
+            replace(self.take(chosen), name=f"{self.name} held-out ({drawn})"),
+        )
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Float images (M, C, H, W) in [0, 1] and int64 labels (M,) at `indices`, decoded in this process."""
+        return next(replace(self, workers=0).load([indices]))
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in [0, 1] and labels in natural order; the last batch may be smaller."""
+        return self.load(torch.arange(len(self)).split(batch_size))
+
+    def load(
+        self, batches: Iterable[Tensor], *, crop: ResizedCrop | None = None, seed: int = 0, epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decodes batch after batch, ahead of their use if there are workers.
+
+        Args:
+            batches: the images of each batch, int64 tensors (B,).
+            crop: the random part of each image, drawn from (seed, epoch, its row in the source) and nothing else;
+                None takes the centre.
+            seed: see `crop`.
+            epoch: see `crop`.
+
+        Yields:
+            Float images (B, C, H, W) in [0, 1] and int64 labels (B,), on `device`.
+
+        Raises:
+            ValueError: an image is broken, or coloured among grey ones.
+        """
+        chosen = list(batches)
+        loader = DataLoader(
+            _Samples(self.rows, self.size, self.mode, self.channels, crop, seed, epoch),
+            batch_sampler=(self.indices[places.cpu()].tolist() for places in chosen),
+            num_workers=min(self.workers, _cores(), len(chosen)),
+            collate_fn=_unchanged,
+            worker_init_fn=_outlive_sigterm,
+            pin_memory=torch.device(self.device).type == "cuda",
+            generator=torch.Generator(),  # without one of its own it would draw from the global generator
+        )
+        for places, images in zip(chosen, loader, strict=True):
+            if isinstance(images, str):
+                raise ValueError(images)
+            pixels = images.to(self.device, non_blocking=True)
+            yield pixels.float().div_(255), self.labels[places.to(self.labels.device)]
+
+
+Images = ImageData | StreamedData
+
+
+def stream_data(
+    source: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    size: int | tuple[int, int],
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: Sequence[str] | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    workers: int = 4,
+) -> StreamedData:
+    """Opens one split of a data set without decoding it; the arguments are those of `timm_fsr.data.dataset.load_data`.
+
+    Image folders are read where they lie. Hub data sets are mapped from the copy that `datasets` has downloaded.
+    Parquet files are mapped from an Arrow copy of the same size that `datasets` makes once in its cache (the
+    environment variable HF_DATASETS_CACHE moves it), as single rows of Parquet cannot be read quickly. IDX, `.npz` and
+    the embedded data are in memory in any case.
+
+    Args:
+        source: see `load_data`, as are `split` and what is not described here.
+        split: see `source`.
+        size: (height, width), or both in one number, that images are scaled (bicubic) and centre-cropped to.
+        config: see `source`.
+        image_column: see `source`.
+        label_column: see `source`.
+        classes: see `source`.
+        channels: 1 for grey or 3 for RGB; whichever the first image has if not given.
+        limit: see `source`.
+        workers: processes that decode, at most one per processor core; 0 decodes in this process.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: the source, split, column, label or first image cannot be read; the message says what to change.
+    """
+    box = (size, size) if isinstance(size, int) else size
+    check_format(box, channels)
+    rows = open_rows(
+        os.fspath(source), split, config=config, image_column=image_column, label_column=label_column, mapped=True
+    )
+    chosen = choose(rows, tuple(classes) if classes else None, limit)
+    mode = MODES[channels] if channels else mode_of(rows.read(chosen.indices[:1].tolist()))
+    rows = replace(rows, labels=[])  # a list of a million would go to each worker
+    return StreamedData(rows, chosen.indices, chosen.labels, chosen.classes, chosen.name, box, mode, channels, workers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples(Dataset[Tensor]):
+    """What a worker needs to decode a batch of rows; picklable, for systems whose workers do not fork."""
+
+    rows: Rows
+    size: tuple[int, int]
+    mode: str
+    channels: int | None
+    crop: ResizedCrop | None
+    seed: int
+    epoch: int
+
+    def __getitems__(self, indices: list[int]) -> Tensor | str:
+        """Uint8 images (B, C, H, W), or what is wrong with one: the loader would bury an exception in a traceback."""
+        parts = [indices[start : start + _TOGETHER] for start in range(0, len(indices), _TOGETHER)]
+        try:
+            arrays = [array for part in parts for array in self._decode(part)]
+        except ValueError as error:
+            return str(error)
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+    def _decode(self, indices: list[int]) -> list[np.ndarray]:
+        pictures = self._read(indices)
+        self.rows.check_mode(pictures, self.mode, self.channels)
+        if self.crop is None:
+            return [fit(picture, self.mode, self.size) for picture in pictures]
+        return [self._cropped(picture, index, self.crop) for picture, index in zip(pictures, indices, strict=True)]
+
+    def _read(self, indices: list[int]) -> list[Image.Image]:
+        try:
+            return self.rows.read(indices)
+        except ValueError:  # one by one, for the message to name the broken image
+            return [picture for index in indices for picture in self.rows.read([index])]
+
+    def _cropped(self, picture: Image.Image, index: int, crop: ResizedCrop) -> np.ndarray:
+        generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")
+        picture = picture if picture.mode == self.mode else picture.convert(self.mode)
+        return pixels_of(crop(picture, self.size, generator))
+
+
+def _outlive_sigterm(_worker: int) -> None:
+    """Leave SIGTERM to the training process: launchers send it to all, and torch takes a worker's death for a fault."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _unchanged(batch: Any) -> Any:
+    """A batch as `_Samples` made it."""
+    return batch
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""Evaluation: how robust is a model, and can the answer be believed?"""

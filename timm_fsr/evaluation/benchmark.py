@@ -1,0 +1,296 @@
+"""The whole assessment of a model in one folder: attacks, gradient masking checks, corruptions, examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from timm_fsr.attacks.autoattack import implementation
+from timm_fsr.attacks.base import NORMS
+from timm_fsr.attacks.pgd import PGD
+from timm_fsr.data.dataset import ImageData
+from timm_fsr.evaluation.corruptions import CORRUPTIONS, corruption_accuracy
+from timm_fsr.evaluation.corruptions import library as corruption_library
+from timm_fsr.evaluation.evaluator import Standing, evaluate
+from timm_fsr.evaluation.examples import draw_examples
+from timm_fsr.evaluation.gradient_masking import gather_evidence
+from timm_fsr.evaluation.inference import BATCH_SIZE, clean_logits
+from timm_fsr.models.pixel import base_model
+from timm_fsr.reports.page import Entry, render_page
+from timm_fsr.reports.report import Report
+from timm_fsr.reports.statistics import calibration
+from timm_fsr.utils.files import write_text
+
+REPORT, EXAMPLES, PAGE, MEMO = "report.json", "examples.json", "report.html", "memo.json"
+_EXAMPLE_IMAGES = 200  # among which the examples are chosen
+_TRAINING = (
+    "training_data",
+    "checkpoint_rule",
+    "checkpoint_epoch",
+    "training",
+    "training_seed",
+    "training_seconds",
+    "training_hardware",
+    "recipe",
+)
+
+Announce = Callable[[str], None]
+
+
+def assess(
+    model: nn.Module,
+    data: ImageData,
+    folder: str | Path,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    attacks: Sequence[str] = ("fgsm", "pgd20"),
+    seed: int = 0,
+    name: str = "",
+    transfer_from: Mapping[str, nn.Module] | None = None,
+    evidence_images: int = 0,
+    corruption_images: int = 0,
+    trained: Report | None = None,
+    overwrite: bool = False,
+    save_images: bool = False,
+    batch_size: int = BATCH_SIZE,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[Standing], None] | None = None,
+    announce: Announce | None = None,
+) -> Report:
+    """Evaluate a model and write `report.json`, `examples.json` and `report.html` into a folder.
+
+    Args:
+        model: a timm model or a pixel-space model.
+        data: the images to evaluate on.
+        folder: of the results; the same evaluation, started again, goes on there. What the folder has of other attacks,
+            of evidence and of corruptions on the same model and images stays in the report.
+        norm: see `timm_fsr.evaluate`, as are eps, attacks, seed, name, transfer_from, overwrite, save_images,
+            accelerator and progress.
+        eps: radius, in pixels of [0, 1].
+        attacks: by name.
+        seed: of everything random.
+        name: of the model.
+        transfer_from: other models by name.
+        evidence_images: so many images, balanced, are used for the evidence of honest gradients; 0 leaves it out.
+        corruption_images: so many images, balanced, are corrupted in 15 ways and 5 severities; 0 leaves it out.
+        trained: the report that training has left beside the model; what chose the checkpoint is taken from it.
+        overwrite: replace what the folder holds of another evaluation.
+        save_images: keep the attacked images in the folder.
+        batch_size: images per pass; bounds the memory. It is among what decides outcomes, as random starts do.
+        accelerator: shares the attacks over its processes; the first one does the rest.
+        progress: called after each attack on a batch.
+        announce: called with the name of each later part before it begins.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError, ModuleNotFoundError, UnsoundError: see `timm_fsr.evaluate`.
+        ImportError: `imagecorruptions` does not run, or is one that cannot be repeated.
+        OSError: the folder cannot be written.
+    """
+    if not isinstance(data, ImageData):
+        raise ValueError(f"data is {type(data).__name__}; give what timm_fsr.load_data returns")
+    check_extras(norm, evidence_images=evidence_images, corruption_images=corruption_images)
+    folder = Path(folder)
+    say = announce or (lambda _: None)
+    report = evaluate(
+        model,
+        data.batches(batch_size),
+        norm=norm,
+        eps=eps,
+        attacks=attacks,
+        seed=seed,
+        name=name,
+        data_name=data.name,
+        transfer_from=transfer_from,
+        folder=folder,
+        overwrite=overwrite,
+        save_images=save_images,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    if accelerator is not None and not accelerator.is_main_process:
+        return report
+    report.conditions.update({"data_fingerprint": data.fingerprint, "classes": list(data.classes)})
+    report.conditions.update(
+        {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
+    )
+    report = _with_earlier(report, folder)
+    say("calibration")
+    report = dataclasses.replace(
+        report, calibration={"clean": calibration(*clean_logits(model, data.batches(batch_size)))}
+    )
+    report.save(folder / REPORT)
+    memo = Memo(folder / MEMO, {**_about(report), "versions": report.conditions["versions"]})
+    if evidence_images:
+        some = _some(model, data, evidence_images)
+        report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, memo, say))
+        report.save(folder / REPORT)
+    if corruption_images:
+        say("corruptions")
+        some = _some(model, data, corruption_images)
+        report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, memo))
+        report.save(folder / REPORT)
+    say("examples")
+    some = _some(model, data, min(_EXAMPLE_IMAGES, batch_size))
+    examples = _examples(model, some, data.classes, report) if norm in NORMS else {}
+    write_text(folder / EXAMPLES, json.dumps(examples) + "\n")
+    write_text(folder / PAGE, render_page([Entry(name or "model", report, examples)]))
+    return report
+
+
+def check_extras(norm: str, *, evidence_images: int, corruption_images: int) -> None:
+    """Refuse evidence and corruptions that cannot be had, before hours of attacks.
+
+    Raises:
+        ValueError: a negative number of images, or evidence in a norm that has none.
+        ImportError: they need a package that is not installed, or does not run.
+    """
+    if min(evidence_images, corruption_images) < 0:
+        raise ValueError(
+            f"{evidence_images} images for the evidence and {corruption_images} for corruptions must be 0 or more"
+        )
+    if evidence_images:
+        if norm not in NORMS:
+            raise ValueError(f"there is no evidence of honest gradients for norm={norm!r}, only for {', '.join(NORMS)}")
+        implementation()  # of Square
+    if corruption_images:
+        corruption_library()
+
+
+def _about(report: Report) -> dict[str, Any]:
+    """What decides evidence and corruptions."""
+    known = {key: report.conditions.get(key) for key in ("model_digest", "data_fingerprint")}
+    return {"norm": report.norm, "eps": report.eps, "seed": report.seed, **known}
+
+
+def _evidence(
+    model: nn.Module,
+    some: tuple[Tensor, Tensor],
+    report: Report,
+    batch_size: int,
+    memo: Memo,
+    announce: Announce,
+) -> dict[str, Any]:
+    """The evidence of honest gradients, each part of it kept as soon as it is known."""
+    return gather_evidence(
+        model,
+        *some,
+        norm=report.norm,
+        eps=report.eps,
+        seed=report.seed,
+        batch_size=batch_size,
+        announce=announce,
+        once=lambda part, make: memo.once(f"{part} on {len(some[0])} images by {batch_size}", make),
+    )
+
+
+def _examples(model: nn.Module, some: tuple[Tensor, Tensor], classes: Sequence[str], report: Report) -> dict[str, Any]:
+    """Attacked images to look at."""
+    attack = PGD(norm=report.norm, eps=report.eps, steps=20)
+    return draw_examples(model, *some, classes, attack, seed=report.seed)
+
+
+def _with_earlier(report: Report, folder: Path) -> Report:
+    """The report with the evidence and the corruptions that an earlier one in the folder has of the same thing."""
+    try:
+        earlier = Report.load(folder / REPORT)
+    except (FileNotFoundError, ValueError):
+        return report
+    if _about(earlier) != _about(report):
+        return report
+    return dataclasses.replace(report, evidence=earlier.evidence, corruptions=earlier.corruptions)
+
+
+def _corruptions(
+    model: nn.Module, data: tuple[Tensor, Tensor], seed: int, batch_size: int, memo: Memo
+) -> dict[str, dict[str, float]]:
+    """Accuracy by kind and severity, each kind kept as soon as it is known."""
+
+    def accuracy(kind: str) -> dict[str, float]:
+        batches = zip(*(tensor.split(batch_size) for tensor in data), strict=True)
+        found = corruption_accuracy(model, batches, names=[kind], seed=seed)
+        return {str(level): share for level, share in found[kind].items()}
+
+    return {kind: memo.once(f"{kind} on {len(data[0])} images", partial(accuracy, kind)) for kind in CORRUPTIONS}
+
+
+def load_entry(path: str | Path) -> Entry:
+    """A report and its examples, from the folder of an assessment or from a report's own path.
+
+    Raises:
+        FileNotFoundError: there is no report.
+        ValueError: it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / REPORT).is_file():
+        raise FileNotFoundError(f"{path} holds no {REPORT}; give the --output folder of an evaluation")
+    path = path / REPORT if path.is_dir() else path
+    report = Report.load(path)
+    beside = path.parent / EXAMPLES
+    examples = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return Entry(str(report.conditions.get("model") or path.parent.name), report, examples)
+
+
+def check_classes(model: nn.Module, data: ImageData) -> None:
+    """Refuse data whose named classes are others than those that the model was trained on, or in another order.
+
+    Raises:
+        ValueError: see there.
+    """
+    known = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
+    if known and len(known) == data.num_classes and not _same_names(known, data.classes):
+        raise ValueError(
+            f"the model was trained on the classes {', '.join(map(str, known[:5]))}, ... but {data.name} has "
+            f"{', '.join(data.classes[:5])}, ...; evaluate on data with the same classes in the same order"
+        )
+
+
+def _same_names(known: Sequence[str], found: Sequence[str]) -> bool:
+    numbers = {str(index) for index in range(len(known))}
+    return set(found) <= numbers or set(map(str, known)) <= numbers or list(map(str, known)) == list(found)
+
+
+def _some(model: nn.Module, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
+    """So many images, each class in its share, and their labels, on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    chosen = data.subset(min(count, len(data)))
+    images, labels = next(chosen.batches(len(chosen)))
+    return images.to(device), labels.to(device)
+
+
+class Memo:
+    """Plain JSON values by name.
+
+    Args:
+        path: of the file; one that is damaged, or about something else, counts for nothing.
+        key: what they are about.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self._path = path
+        self._key = json.loads(json.dumps(key))
+        self._known: dict[str, Any] = {}
+        try:
+            found = json.loads(path.read_bytes())
+            if found["key"] == self._key:
+                self._known = dict(found["parts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is known as `name`, else what `make` gives, which is on the disk when this returns."""
+        if name not in self._known:
+            self._known[name] = make()
+            write_text(self._path, json.dumps({"key": self._key, "parts": self._known}) + "\n")
+        return json.loads(json.dumps(self._known[name]))  # a copy, and the same whether it was known or not

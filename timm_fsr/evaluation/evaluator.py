@@ -1,0 +1,369 @@
+"""Evaluation: the outcome of clean images and attacks for every image, in pixel space and full precision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from timm_fsr.attacks.base import attack_mode
+from timm_fsr.attacks.bn_folding import Folding, find_folding
+from timm_fsr.evaluation.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
+from timm_fsr.evaluation.model_checks import Soundness, check_attacked, check_logits, check_model, examine
+from timm_fsr.evaluation.outcomes import (
+    CLEAN,
+    BatchOutcome,
+    Journal,
+    KnownSuite,
+    Part,
+    batch_key,
+    open_journal,
+    put_together,
+    suite_key,
+)
+from timm_fsr.evaluation.registry import Target, build_suites, check_names
+from timm_fsr.evaluation.saved_images import AttackedBatch, keep_attacked, load_attacked, perturbed, save_attacked
+from timm_fsr.evaluation.stages import Stage, Suite
+from timm_fsr.models.pixel import as_pixel_model, base_model
+from timm_fsr.models.saving import weights_digest
+from timm_fsr.models.weights import model_digest
+from timm_fsr.reports.report import Report
+from timm_fsr.utils.distributed import check_agreement, from_main
+from timm_fsr.utils.errors import UnsoundError, check_images
+from timm_fsr.utils.random import derive_generator, own_randomness
+from timm_fsr.version import __version__
+
+__all__ = ["Standing", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far an evaluation is.
+
+    Attributes:
+        images: so many are finished, on this process.
+        robust: so many of them were right clean and under every attack.
+        stage: what was run last, such as "autoattack: square".
+        batch: images of the batch that is being attacked.
+        left: so many of these are still right clean and under every attack so far.
+    """
+
+    images: int
+    robust: int
+    stage: str
+    batch: int = 0
+    left: int = 0
+
+    @property
+    def bound(self) -> float:
+        """What the robust accuracy of the images seen so far can be at most, in [0, 1]."""
+        return (self.robust + self.left) / max(1, self.images + self.batch)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Batches,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    attacks: Sequence[str | Suite] = ("fgsm", "pgd20"),
+    seed: int = 0,
+    name: str = "",
+    data_name: str = "",
+    transfer_from: Mapping[str, nn.Module] | None = None,
+    folder: str | Path | None = None,
+    overwrite: bool = False,
+    save_images: bool = False,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[Standing], None] | None = None,
+) -> Report:
+    """Clean and robust accuracy of a model, image by image.
+
+    The model runs in eval mode, float32 and without TF32; its mode and gradients flags are restored. What an image's
+    outcome is depends on the model, the seed, the attack and the batch that it is in, not on the number of processes;
+    "adaptive" takes over what the Square of an AutoAttack named before it has done to an image.
+
+    Args:
+        model: a timm model (its `pretrained_cfg` mean and std are put in front) or a pixel-space model.
+        data: images (N, C, H, W) in [0, 1] with labels (N,), or an iterable of such batches.
+        norm: "linf" or "l2"; "l1" for AutoAttack.
+        eps: radius, in pixels of [0, 1].
+        attacks: by name; docs/evaluation.md lists them. "fgsm", "pgd20", "pgd100x5" (restarts), "cw30", "apgd100",
+            "official" (what the FSR repository tests), "standard", "plus", "rand" (AutoAttack), its components alone,
+            "adaptive", "transfer"; or a `timm_fsr.Suite` of your own.
+        seed: of the random starts.
+        name: of the model, for the report.
+        data_name: of the data, for the report.
+        transfer_from: other models by name, whose adversarial images are tried by "adaptive" and "transfer".
+        folder: where outcomes are noted as soon as they are known: the same evaluation, started again, goes on there.
+        overwrite: replace what `folder` holds of another evaluation.
+        save_images: keep the attacked images in `folder`, for `rescore`.
+        accelerator: shares the batches over its processes; each returns the whole report.
+        progress: called after each attack on a batch.
+
+    Returns:
+        The report; its "clean" comes first. What `folder` knows of other attacks on the same images counts too.
+
+    Raises:
+        ValueError: an unknown attack, images outside [0, 1], labels that do not fit, a model that does not return
+            one finite row of logits per image, no data, other data on another process, or a folder with another
+            evaluation.
+        ModuleNotFoundError: an attack needs a package that is not installed.
+        UnsoundError: a feature layer that does not fire, or an attack that leaves the ball.
+    """
+    check_names([a for a in _listed(attacks) if isinstance(a, str)], norm, eps, sources=bool(transfer_from))
+    if save_images and folder is None:
+        raise ValueError("save_images needs a folder to keep the images in; give folder")
+    pixel_model = as_pixel_model(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    sources = {key: as_pixel_model(source).to(device) for key, source in (transfer_from or {}).items()}
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    with ExitStack() as modes:
+        for one in (pixel_model, *sources.values()):
+            modes.enter_context(attack_mode(one))
+        modes.enter_context(full_precision(device))
+        check_model(pixel_model)
+        key = {"model": model_digest(pixel_model), "norm": norm, "eps": float(eps), "seed": seed, **_versions()}
+        work = _Work(
+            model=pixel_model,
+            names=attacks,
+            threat=(norm, float(eps), seed),
+            sources=sources,
+            journal=open_journal(folder, key, accelerator, overwrite=overwrite),
+            folder=Path(folder) if folder is not None and save_images else None,
+            progress=progress,
+        )
+        seen = hashlib.sha256()
+        for index, (images, labels) in enumerate(as_batches(data)):
+            if index == 0:
+                check_agreement(accelerator, batch_key(0, images, labels), "first batches")
+                with _seeded(seed, index, device):
+                    work.prepare(images.to(device), labels.to(device), accelerator)
+            if accelerator is not None:
+                seen.update(batch_key(index, images, labels).encode())
+            if index % world == rank:
+                with _seeded(seed, index, device):
+                    work.evaluate_batch(index, images.to(device), labels.to(device))
+    check_agreement(accelerator, seen.hexdigest()[:16], "images or labels")
+    parts = [work.result()] if accelerator is None else gather_object([work.result()])
+    report = put_together(parts, norm, float(eps), seed)
+    if save_images and rank == 0:
+        work.tidy(sum(len(part.batches) for part in parts))
+    own, found = _conditions(model, name, data_name, device, world), dict(report.conditions)
+    report.conditions.update({**own, **found, "model_digest": key["model"]})
+    return report
+
+
+@dataclass
+class _Work:
+    """The evaluation of this process's batches."""
+
+    model: nn.Module
+    names: Sequence[str | Suite]
+    threat: tuple[str, float, int]
+    sources: Mapping[str, nn.Module]
+    journal: Journal
+    folder: Path | None
+    progress: Callable[[Standing], None] | None
+    suites: list[Suite] = field(default_factory=list)
+    soundness: Soundness | None = None
+    folding: Folding = field(default_factory=Folding)
+    outcomes: dict[int, BatchOutcome] = field(default_factory=dict)
+    standing: Standing = Standing(0, 0, CLEAN)
+
+    def evaluate_batch(self, index: int, images: Tensor, labels: Tensor) -> None:
+        """The outcomes of batch number `index`, all of them or those that the journal does not know."""
+        check_images(images, labels)
+        check_channels(self.model, images)
+        batch = batch_key(index, images, labels)
+        clean = self._clean(batch, images, labels)
+        alive = clean.clone()
+        found = BatchOutcome(labels.cpu(), clean.cpu())
+        for suite in self.suites:
+            stages = self._attack(suite, index, batch, images, labels, clean, alive)
+            alive &= list(stages.values())[-1]
+            found.suites[suite_key(suite)] = {key: flags.cpu() for key, flags in stages.items()}
+        for key in self._unasked():
+            earlier = self.journal.stages(batch, key)
+            if earlier is not None:
+                found.suites[key] = earlier
+        self.outcomes[index] = found
+        done, standing = self.standing.images + len(images), self.standing
+        self._show(Standing(done, standing.robust + int(alive.sum()), standing.stage))
+
+    def result(self) -> Part:
+        """What the other processes have to know."""
+        notes = [] if self.soundness is None else self.soundness.notes()
+        asked = {suite_key(suite): KnownSuite.of(suite) for suite in self.suites}
+        return Part(self.outcomes, asked, self._unasked(), notes)
+
+    def tidy(self, batches: int) -> None:
+        """Remove attacked images of an earlier evaluation on more batches than these."""
+        if self.folder is not None:
+            for suite in self.suites:
+                keep_attacked(self.folder, suite.name, batches)
+
+    def prepare(self, images: Tensor, labels: Tensor, accelerator: Accelerator | None) -> None:
+        """Look at the first batch and choose the attacks: on one process for all, which must not differ in them."""
+        norm, eps, seed = self.threat
+        check_images(images, labels)
+        check_channels(self.model, images)
+        self.soundness = from_main(accelerator, lambda: examine(self.model, images, labels))
+        self.folding = find_folding(self.model, images)
+        target = Target(self.model, norm, eps, seed, self.soundness, self.sources)
+        for name in self.names:
+            self.suites += [name] if isinstance(name, Suite) else build_suites([name], target)
+        self.suites = list({suite.name: suite for suite in self.suites}.values())
+        for suite in self.suites:
+            self.journal.introduce(suite)
+
+    def _unasked(self) -> dict[str, KnownSuite]:
+        """What the journal knows of besides the attacks that were asked for."""
+        asked = {suite_key(suite) for suite in self.suites}
+        return {key: suite for key, suite in self.journal.suites.items() if key not in asked}
+
+    def _clean(self, batch: str, images: Tensor, labels: Tensor) -> Tensor:
+        known = self.journal.get(batch, CLEAN, CLEAN)
+        if known is not None:
+            return known.to(images.device)
+        with torch.no_grad():
+            logits = self.model(images)
+        check_logits(logits, len(images))
+        check_images(images, labels, logits.shape[1])
+        clean = logits.argmax(dim=1) == labels
+        self.journal.put(clean, batch, CLEAN, CLEAN)
+        return clean
+
+    def _attack(
+        self, suite: Suite, index: int, batch: str, images: Tensor, labels: Tensor, clean: Tensor, alive: Tensor
+    ) -> dict[str, Tensor]:
+        """(N,) bool after each stage of a suite: was the image still classified correctly?
+
+        `alive` are those that all suites before left; it is only shown.
+        """
+        correct = torch.ones_like(clean) if suite.every_image else clean.clone()
+        flags: dict[str, Tensor] = {}
+        attacked, usable = self._attacked_so_far(suite, index, batch, images)
+        for number, stage in enumerate(suite.stages, 1):
+            key = (batch, suite_key(suite), stage.name)
+            known = self.journal.get(*key) if number <= usable else None
+            if known is None:
+                attacked_before, broken_before = self._same_attack(suite, stage, batch, clean)
+                correct &= ~broken_before
+                chosen = (correct & ~attacked_before).nonzero().flatten()
+                if len(chosen):
+                    found = self._run(suite, stage, index, images[chosen], labels[chosen])
+                    attacked[chosen] = found
+                    correct[chosen] = predict(self.model, found, stage.name) == labels[chosen]
+                if self.folder is not None:
+                    result = AttackedBatch(attacked, labels, perturbed(attacked, images))
+                    of = f"{batch} {suite_key(suite)}"
+                    save_attacked(self.folder, suite.name, index, result, of=of, stages=number)
+                self.journal.put(correct, *key)
+            else:
+                correct = known.to(images.device, copy=True)
+            flags[stage.name] = correct.clone()
+            name, left = f"{suite.name}: {stage.name}", int((alive & correct).sum())
+            self._show(Standing(self.standing.images, self.standing.robust, name, len(images), left))
+        return flags
+
+    def _same_attack(self, suite: Suite, stage: Stage, batch: str, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) bool twice: the images that suites before attacked by this very stage, and those that it broke there.
+
+        Both are empty where the stage is to be run anew: as where attacked images are to be kept, which only the other
+        suite has.
+        """
+        attacked, broken = torch.zeros_like(clean), torch.zeros_like(clean)
+        if not stage.reuse or self.folder is not None:
+            return attacked, broken
+        for other in self.suites[: self.suites.index(suite)]:
+            before = torch.ones_like(clean) if other.every_image else clean
+            for one in other.stages:
+                known = self.journal.get(batch, suite_key(other), one.name)
+                if known is None:
+                    break
+                after = known.to(clean.device)
+                if (one.name, one.detail) == (stage.name, stage.detail):
+                    attacked |= before
+                    broken |= before & ~after
+                before = after
+        return attacked, broken
+
+    def _attacked_so_far(self, suite: Suite, index: int, batch: str, images: Tensor) -> tuple[Tensor, int]:
+        """The images as earlier stages left them, and of how many stages the journal's outcomes can be used.
+
+        Where images are to be kept, an outcome without them is of no use.
+        """
+        if self.folder is None:
+            return images.clone(), len(suite.stages)
+        kept = load_attacked(self.folder, suite.name, index, of=f"{batch} {suite_key(suite)}")
+        return (images.clone(), 0) if kept is None else (kept[0].to(images.device), kept[1])
+
+    def _run(self, suite: Suite, stage: Stage, index: int, images: Tensor, labels: Tensor) -> Tensor:
+        norm, eps, seed = self.threat
+        stream = f"evaluate {suite.name}" if len(suite.stages) == 1 else f"evaluate {suite.name} {stage.name}"
+        generator = derive_generator(seed, 0, index, 0, images.device, stream=stream)
+        torch.manual_seed(generator.initial_seed())  # of a model that is random itself
+        with self.folding.applied():  # for the attack alone: the model itself decides what has become of the images
+            attacked = stage.run(self.model, images, labels, generator)
+        _check_budget(attacked, images, norm, eps, stage.name)
+        return attacked
+
+    def _show(self, standing: Standing) -> None:
+        self.standing = standing
+        if self.progress is not None:
+            self.progress(standing)
+
+
+@contextmanager
+def _seeded(seed: int, index: int, device: torch.device) -> Iterator[None]:
+    """What is random in a model that is so even in eval mode depends on the batch's number and on nothing before it."""
+    with own_randomness(device):
+        torch.manual_seed(derive_generator(seed, 0, index, 0, stream="evaluate clean").initial_seed())
+        yield
+
+
+def _listed(attacks: Sequence[str | Suite]) -> Sequence[str | Suite]:
+    if isinstance(attacks, str):
+        raise ValueError(f"attacks={attacks!r} is one name where a list belongs; use [{attacks!r}]")
+    return attacks
+
+
+def _check_budget(attacked: Tensor, images: Tensor, norm: str, eps: float, name: str) -> None:
+    """An attack that cheats would make any model look weak, and one that gives NaN any model strong."""
+    check_attacked(attacked, name)
+    delta = (attacked - images).flatten(1)
+    size = {"linf": delta.abs().amax(dim=1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(dim=1)}[norm]
+    inside = attacked.shape == images.shape and bool((size <= eps * (1 + 1e-4) + 1e-6).all())
+    if not (inside and float(attacked.min()) >= 0 and float(attacked.max()) <= 1):
+        raise UnsoundError(
+            f"the attack {name!r} left [0, 1] or the {norm} ball of radius {eps:g} (reached {float(size.max()):g}); "
+            "its result would mean nothing; mend the attack"
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {"timm_fsr": __version__, "torch": torch.__version__}
+
+
+def _conditions(model: nn.Module, name: str, data_name: str, device: torch.device, world: int) -> dict[str, Any]:
+    classes = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
+    return {
+        "model": name or type(model).__name__,
+        "data": data_name,
+        "precision": "float32",
+        "weights_sha256": weights_digest(model),
+        "hardware": hardware(device, world),
+        "processes": world,
+        "versions": {**_versions(), "timm": timm.__version__},
+        **({"classes": list(classes)} if classes else {}),
+    }

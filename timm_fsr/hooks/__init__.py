@@ -1,0 +1,1 @@
+"""Hooks: feature layers on the blocks of any timm model."""

@@ -1,0 +1,226 @@
+"""Sites: feature layers hooked onto the blocks of a timm model."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from timm_fsr.hooks.placement import At, find_places
+from timm_fsr.hooks.site import LayerGroup, Site
+from timm_fsr.layers import layer_class
+from timm_fsr.layers.base import check_layer_args
+
+Model = TypeVar("Model", bound=nn.Module)
+_SITES = "_timm_fsr_sites"  # attribute of a hooked module: the sites it serves
+_GROUPS = "_timm_fsr_groups"  # attribute of the module that first sees the image: whom to tell its size
+
+
+def attach(
+    model: Model,
+    layer: str = "fsr",
+    *,
+    at: At = None,
+    layer_args: Mapping[str, Any] | None = None,
+) -> Model:
+    """Hook feature layers onto a timm model, in place.
+
+    Attach before wrapping the model (`torch.compile`, DDP) and before making optimizers. The model stays an
+    `images -> logits` function.
+
+    Args:
+        model: a model made by `timm.create_model`, in training or eval mode, on any device.
+        layer: name of a registered feature layer; see `timm_fsr.list_layers()`.
+        at: where: `feature_info` indices (-1 is the last stage), "stages" (each), "blocks:-1" (each block of the
+            last stage), module names, or a tuple of these. Default: the layer's own `default_at`, moved to a place
+            that can reach the logits where necessary.
+        layer_args: the layer's keyword arguments by name; the others keep their defaults.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown layer, argument or place; a place with no single spatial output, or that cannot reach
+            the logits; the layer is attached already; or the model is wrapped. The model is left as it was.
+    """
+    cls = layer_class(layer)
+    args = dict(layer_args or {})
+    check_layer_args(cls, args)
+    _check_bare(model)
+    if hasattr(model, layer):
+        raise ValueError(
+            f"the model has a member called {layer!r} already; call timm_fsr.detach(model) first to attach anew"
+        )
+    places, stem = find_places(model, at, cls.default_at)
+    group = LayerGroup()
+    group.sites, group.stem = [], stem
+    num_classes = int(getattr(model, "num_classes", 0) or 0)
+    for index, place in enumerate(places):
+        new = cls(place.layout.channels, num_classes, **args)
+        new.take_place(index, len(places))
+        group[place.name.replace(".", "_")] = new
+        group.sites.append(Site(place.name, place.path, place.layout, new, group))
+    group.to(*_device_and_dtype(model)).train(model.training)
+    group.base_architecture = _architecture(model)
+    _register_first(model, layer, group)
+    _hook(model, group)
+    _describe(model, layer, group)
+    _forget_compiled()
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Remove every feature layer, in place: the base model again, bit for bit.
+
+    Returns:
+        The same model; unchanged if nothing was attached.
+    """
+    root = _root(model)
+    for name, group in _own_groups(root).items():
+        delattr(root, name)
+        config = getattr(root, "pretrained_cfg", None)
+        if isinstance(config, dict) and group.base_architecture:
+            config["architecture"] = group.base_architecture
+        arguments = getattr(root, "_model_args", {})
+        for key in [k for k in arguments if k in ("at", "pretrained_backbone") or k.startswith(f"{name}_")]:
+            del arguments[key]
+    root.__dict__.pop("reset_classifier", None)
+    _unhook(root)
+    _forget_compiled()
+    return model
+
+
+def reattach(model: Model) -> Model:
+    """Hook the sites anew onto the modules that now stand at their paths, after a conversion replaced some.
+
+    Returns:
+        The same model.
+    """
+    root = _root(model)
+    _unhook(root)
+    for group in _own_groups(root).values():
+        _hook(root, group)
+    _forget_compiled()
+    return model
+
+
+def apply_sites(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    """Forward hook: pass a module's output through its sites.
+
+    A module-level function that finds its sites through the module, so that deepcopy, pickle and EMA copies call
+    their own layers.
+
+    Raises:
+        RuntimeError: the module is a copy made by `nn.DataParallel`, which knows nothing of the copies of the layers.
+    """
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "feature layers do not work in torch.nn.DataParallel on several GPUs; use DistributedDataParallel "
+            "(torchrun or `accelerate launch`), or one GPU"
+        )
+    for site in getattr(module, _SITES):
+        output = site(output)
+    return output
+
+
+def note_image_size(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook of the module that first sees the image: tell the groups its height and width."""
+    for group in getattr(module, _GROUPS):
+        group.image_size = (inputs[0].shape[-2], inputs[0].shape[-1])
+
+
+def _check_bare(model: nn.Module) -> None:
+    """Refuse a wrapper: its own forward, or code compiled earlier, would pass by what is attached to it."""
+    if any(name in model._modules for name in ("_orig_mod", "module")):
+        raise ValueError(f"{type(model).__name__} wraps a model; attach feature layers to the model, then wrap it")
+
+
+def _forget_compiled() -> None:
+    """Let torch.compile look again: it does not notice when hooks come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _hook(model: nn.Module, group: LayerGroup) -> None:
+    for site in group.sites:
+        module = model.get_submodule(site.path)
+        _append_to(module, _SITES, site)
+        if apply_sites not in module._forward_hooks.values():
+            module.register_forward_hook(apply_sites)
+    if any(site.layout.kind == "NLC" for site in group.sites):
+        stem = model.get_submodule(group.stem)
+        _append_to(stem, _GROUPS, group)
+        if note_image_size not in stem._forward_pre_hooks.values():
+            stem.register_forward_pre_hook(note_image_size)
+
+
+def _append_to(module: nn.Module, attribute: str, value: Any) -> None:
+    setattr(module, attribute, (*getattr(module, attribute, ()), value))
+
+
+def _unhook(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks, function, attribute in (
+            (module._forward_hooks, apply_sites, _SITES),
+            (module._forward_pre_hooks, note_image_size, _GROUPS),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is function]:
+                del hooks[key]
+            module.__dict__.pop(attribute, None)
+
+
+def _register_first(model: nn.Module, name: str, group: LayerGroup) -> None:
+    """Register the group before the model's own members, so that the head's tensors stay the last parameters.
+
+    `timm.models.model_parameters(exclude_head=True)` drops the last two.
+    """
+    own = dict(model._modules)
+    setattr(model, name, group)
+    for key in own:
+        model._modules[key] = model._modules.pop(key)
+
+
+def _describe(model: nn.Module, layer: str, group: LayerGroup) -> None:
+    """Make exports rebuild the model: architecture name, resolved arguments, and resets that reach the heads."""
+    first = group.sites[0].layer
+    model._model_args = {  # type: ignore[assignment]
+        **getattr(model, "_model_args", {}),
+        "at": [site.name for site in group.sites],
+        **{f"{layer}_{key}": value for key, value in first.resolved_args().items()},
+    }
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and group.base_architecture:
+        config["architecture"] = f"{group.base_architecture}_{layer}"
+    if hasattr(type(model), "reset_classifier"):
+        model.__dict__["reset_classifier"] = functools.partial(_reset_classifier, model)
+
+
+def _reset_classifier(model: nn.Module, num_classes: int, *args: Any, **kwargs: Any) -> None:
+    """The model's own `reset_classifier`, which then resets the auxiliary classifiers too."""
+    where = _device_and_dtype(model)
+    type(model).reset_classifier(model, num_classes, *args, **kwargs)  # type: ignore[attr-defined]
+    for group in _own_groups(model).values():
+        group.reset_classifier(num_classes)
+        group.to(*where)
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The module inside `model` that the groups are registered at."""
+    return next((module for module in model.modules() if _own_groups(module)), model)
+
+
+def _own_groups(model: nn.Module) -> dict[str, LayerGroup]:
+    return {name: child for name, child in model.named_children() if isinstance(child, LayerGroup)}
+
+
+def _architecture(model: nn.Module) -> str | None:
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+
+
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return tensor.device, tensor.dtype

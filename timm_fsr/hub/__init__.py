@@ -1,0 +1,1 @@
+"""The Hub: publishing a model with its card, report and recipe."""

@@ -1,0 +1,149 @@
+"""The files of a published model: read, checked, and free of paths of this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timm_fsr.models.pretrained import RECIPE, REPORT
+from timm_fsr.models.weights import CONFIG, WEIGHTS, check_record
+from timm_fsr.reports.report import Report
+
+_PATH = re.compile(
+    r"(?:\bfile:(?://[^/\s]*)?|(?<![\w:/.~])(?:~|[A-Za-z]:)?)[/\\](?:[^\s/\\\[\],]+[/\\])+([^\s/\\\[\],]+)"
+)
+_TRANSFER = "transfer from "  # how the stages of attacks begin that name another model
+_ROLES = ("best", "last")  # folders inside a run, which say nothing without its name
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What is known of a saved model.
+
+    Attributes:
+        config: content of `config.json`.
+        report: of its evaluation.
+        recipe: of its training, as plain values.
+    """
+
+    config: Mapping[str, Any]
+    report: Report
+    recipe: Mapping[str, Any]
+
+    @property
+    def layer(self) -> str | None:
+        """The feature layer it has, by name."""
+        groups = [key.removesuffix("_noise") for key in self.config.get("model_args", {}) if key.endswith("_noise")]
+        recipe_layer = self.recipe.get("model", {}).get("layer")
+        return groups[0] if groups else recipe_layer
+
+
+def read_parts(folder: str | Path) -> Parts:
+    """The configuration, report and recipe of a saved model, without paths of the machine that it was trained on.
+
+    Raises:
+        FileNotFoundError: one of them is missing; the message names all that are.
+        ValueError: one of them is damaged.
+    """
+    folder = Path(folder)
+    missing = [name for name in (CONFIG, WEIGHTS, REPORT, RECIPE) if not (folder / name).is_file()]
+    if CONFIG in missing and (folder / "best" / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; give {folder / 'best'}, the model that training chose")
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}; a published model has its weights, the report of its evaluation and "
+            "the recipe of its training: save_pretrained(model, folder, report=..., recipe=...) writes them all"
+        )
+    config = _mapping(folder / CONFIG, json.loads)
+    recipe = _mapping(folder / RECIPE, yaml.safe_load)
+    _check_config(config, folder / CONFIG)
+    _check_recipe(recipe, folder / RECIPE)
+    report = Report.load(folder / REPORT)
+    report, recipe = publishable(report, recipe), without_paths(recipe, _paths(recipe, report))
+    report.conditions.pop("recipe", None)  # it has a file of its own
+    return Parts(config, report, {key: value for key, value in recipe.items() if key != "output"})
+
+
+def publishable(report: Report, recipe: Mapping[str, Any] | None = None) -> Report:
+    """A report without paths of the machine; the recipe may name some that stand in it."""
+    return Report.from_dict(without_paths(report.to_dict(), _paths(recipe or {}, report)))
+
+
+def without_paths(value: Any, known: Mapping[str, str] | None = None) -> Any:
+    """The same JSON values with each absolute path cut to its last part: where something lay is nobody's business.
+
+    Args:
+        value: JSON values.
+        known: what to show of paths that may stand in it and could not be recognised inside a sentence, because they
+            are relative or have spaces.
+    """
+    known = known or {}
+    if isinstance(value, str):
+        for path in sorted(known, key=len, reverse=True):
+            shown = known[path].replace("\\", "\\\\")
+            value = re.sub(rf"(?<![\w./~-]){re.escape(path)}(?![\w-])", shown, value)
+        return _PATH.sub(r"\1", value)
+    if isinstance(value, Mapping):
+        return {without_paths(key, known): without_paths(entry, known) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(entry, known) for entry in value]
+    return value
+
+
+def _paths(recipe: Mapping[str, Any], report: Report) -> dict[str, str]:
+    """The paths that a recipe and a report name, and what may be shown of each."""
+    data, conditions = recipe.get("data", {}), report.conditions
+    sources = [data.get("source"), data.get("extra_source")]
+    sources += [str(conditions.get(key, "")).partition("[")[0] for key in ("data", "training_data")]
+    stages = (name for parts in report.stages.values() for name in parts)
+    models = [name.removeprefix(_TRANSFER) for name in stages if name.startswith(_TRANSFER)]
+    models += [str(conditions.get("model", "")), str(recipe.get("model", {}).get("name", ""))]
+    models = [name.removeprefix("local-dir:") for name in models]
+    named = [path for path in sources if path and (Path(path).is_absolute() or path.startswith("~"))]  # else a Hub id
+    named += [path for path in models if "/" in path and ":" not in path]  # those of the Hub begin with hf-hub:
+    return {path: _shown(path) for path in named}
+
+
+def _shown(path: str) -> str:
+    """The last part of a path that says something."""
+    parts = [part for part in Path(path).parts if part not in ("/", "~", "..")]
+    telling = [part for part in parts if part not in _ROLES]
+    return (telling or parts or [path])[-1]
+
+
+def _mapping(path: Path, read: Any) -> dict[str, Any]:
+    try:
+        found = read(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); save the model again") from error
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path} is damaged: it holds no keys and values; save the model again")
+    return found
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    check_record(config, str(path))
+    given = config.get("pretrained_cfg")
+    pretrained_cfg = given if isinstance(given, dict) else {}
+    lacks = [f"pretrained_cfg.{key}" for key in ("input_size", "mean", "std") if not pretrained_cfg.get(key)]
+    if not isinstance(config.get("model_args", {}), dict):
+        lacks.append("model_args as keys and values")
+    if lacks:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(lacks)}; save the model again")
+
+
+def _check_recipe(recipe: Mapping[str, Any], path: Path) -> None:
+    remedy = "give the recipe that `timm-fsr train` wrote beside the model"
+    for section in ("model", "data", "objective"):
+        if not isinstance(recipe.get(section, {}), dict):
+            raise ValueError(f"{path}: {section} is {recipe[section]!r}, not keys and values; {remedy}")
+    for section, key in (("data", "source"), ("data", "extra_source"), ("model", "name"), ("objective", "name")):
+        value = recipe.get(section, {}).get(key)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{path}: {section}.{key} is {value!r}, not a name; {remedy}")

@@ -1,0 +1,375 @@
+"""The model card and its metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from timm.models import get_pretrained_cfg
+
+from timm_fsr.hub.bundle import Parts, publishable
+from timm_fsr.models.pretrained import CARD, list_pretrained
+from timm_fsr.models.weights import RECORD
+from timm_fsr.reports.comparison import STRONG, differences, layer_of, listed, mcnemar, same_keys
+from timm_fsr.reports.report import WORST_CASE, Report
+
+_ANEW = f"make it anew by timm-fsr card (FOLDER/{CARD} is pushed unchanged)"
+
+# What a baseline has to have in common with the model, by condition of their reports, and how a card calls that.
+_COMMON = {
+    "training_data": "data",
+    "training": "epochs, attack",
+    "training_seed": "seed",
+    "checkpoint_rule": "checkpoint rule",
+    "data_fingerprint": "images",
+}
+
+_ATTACK_NAMES = {"autoattack": "AutoAttack", "plus": "AutoAttack plus", "rand": "AutoAttack rand"}
+_LICENSE = re.compile(r"[a-z0-9]+([.+-]+[a-z0-9]+)*\+*")
+
+
+def render_card(
+    parts: Parts,
+    repo_id: str,
+    *,
+    tag: str | None = None,
+    baseline: Report | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+) -> str:
+    """The card of a model: metadata for the Hub, and Markdown.
+
+    Args:
+        parts: see `read_parts`.
+        repo_id: "user/name", where the model is or will be.
+        tag: the name by which timm knows the model without the Hub's, if it does.
+        baseline: the report of the same training without the feature layer, on the same images, to compare with.
+        license: of the weights, by the Hub's short name; None takes the one in the model's configuration.
+        base_model: what the training started from, "user/name"; None finds it in the recipe.
+
+    Raises:
+        ValueError: no licence is known, a name or licence that cannot be one, or a baseline that differs from the
+            model in more than the layer.
+    """
+    check_repo_id(repo_id)
+    license = parts.config["pretrained_cfg"].get("license") if license is None else license
+    if license is None:
+        raise ValueError("the model's configuration names no licence; give one, such as license='apache-2.0'")
+    check_license(license)
+    started, found = starting_point(parts.recipe)
+    if base_model is not None:
+        check_repo_id(base_model)
+        started = found = base_model
+    comparison = None if baseline is None else _comparison(parts, publishable(baseline))
+    body = _body(parts, repo_id=repo_id, tag=tag, license=license, started=started, baseline=comparison)
+    return f"---\n{metadata(parts, repo_id, license, found).to_yaml()}\n---\n\n{body}\n"
+
+
+def check_card(text: str, parts: Parts, repo_id: str) -> None:
+    """Refuse a card that the Hub would not understand, that is of another model, or whose figures are not the report's.
+
+    Words may be added to a generated card; its lines that have figures have to stay as they are.
+
+    Raises:
+        ValueError: see above.
+    """
+    try:
+        data: Any = ModelCard(text).data
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"the metadata of the card are not valid ({error}); {_ANEW}") from error
+    if data.get("library_name") != "timm" or not data.get("license"):
+        raise ValueError(f"the card's metadata lack library_name: timm or a license; {_ANEW}")
+    check_license(data.license)
+    if not re.search(rf"hf-hub:{re.escape(repo_id)}(?![\w.-])", text):
+        raise ValueError(f"the card nowhere names hf-hub:{repo_id}, so it is of another repository; {_ANEW}")
+    expected, found = results(parts), data.get("eval_results") or []
+    if found != expected:
+        differing = [str(result.metric_name) for result in expected if result not in found] or [
+            "more results than those"
+        ]
+        raise ValueError(
+            f"the results in the card's metadata are not the report's ({', '.join(differing)}); the card is of another "
+            f"evaluation: {_ANEW}"
+        )
+    digest = str(parts.config.get(RECORD, {}).get("sha256", ""))[:16]
+    if digest not in text:
+        raise ValueError(f"the card does not name the SHA-256 of these weights ({digest}...); {_ANEW}")
+    lines = _body(parts, repo_id=repo_id, tag=None, license=data.license, started=None, baseline=None).splitlines()
+    missing = [line for line in lines if " %" in line and line not in text.splitlines()]
+    if missing:
+        raise ValueError(f"the card lacks this line, or has other figures in it: {missing[0]!r}; {_ANEW}")
+
+
+def _body(parts: Parts, **given: Any) -> str:
+    """The text of a card; `given` is what is known of the model from elsewhere than its parts."""
+    environment = Environment(
+        loader=PackageLoader("timm_fsr.hub"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    title = given["repo_id"].partition("/")[2]
+    return environment.get_template("card.md").render(**_model_facts(parts), title=title, **given).strip()
+
+
+def _model_facts(parts: Parts) -> dict[str, Any]:
+    """What the template shows of the model itself."""
+    report, config, (tested, split) = parts.report, parts.config, tested_data(parts)
+    pretrained_cfg = config["pretrained_cfg"]
+    channels, height, width = pretrained_cfg["input_size"]
+    plain = not any(pretrained_cfg["mean"]) and all(value == 1 for value in pretrained_cfg["std"])
+    return {
+        "parts": parts,
+        "report": report,
+        "config": config,
+        "recipe": parts.recipe,
+        "data": training_data(parts),
+        "tested": report.conditions.get("data") or tested.title,
+        "split": f"{split} " if split else "",
+        "layer": parts.layer,
+        "record": config.get(RECORD, {}),
+        "shape": f"(N, {channels}, {height}, {width})",
+        "statistics": None if plain else (pretrained_cfg["mean"], pretrained_cfg["std"]),
+        "classes": config.get("label_names") or pretrained_cfg.get("label_names"),
+        "rows": [_row(report, name) for name in (*report.correct, WORST_CASE)],
+        "adaptive": _stages(report, "adaptive"),
+        "strong": [name for name in STRONG if name in report.correct],
+        "findings": report.evidence.get("findings", []),
+        "beyond": next(((eps, share) for eps, share in _radii(report) if eps > report.eps), None),
+        "corruption": _mean_corruption(report),
+    }
+
+
+def _row(report: Report, name: str) -> dict[str, Any]:
+    low, high = report.interval(name)
+    accuracy = report.worst_case if name == WORST_CASE else report.accuracy[name]
+    return {"name": name.replace("_", " "), "accuracy": accuracy, "low": low, "high": high}
+
+
+def _stages(report: Report, name: str) -> list[tuple[str, int]]:
+    """How many images each stage of a suite broke that those before it had left."""
+    before, rows = report.correct["clean"], []
+    for stage, flags in report.stages.get(name, {}).items():
+        rows.append((stage, int((before & ~flags).sum())))
+        before = flags
+    return rows
+
+
+def _radii(report: Report) -> list[tuple[float, float]]:
+    """Radii and accuracy within them, from the evidence."""
+    found = report.evidence.get("eps", {"eps": (), "accuracy": ()})
+    return list(zip(found["eps"], found["accuracy"], strict=True))
+
+
+def _mean_corruption(report: Report) -> float | None:
+    shares = [share for levels in report.corruptions.values() for share in levels.values()]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _comparison(parts: Parts, baseline: Report) -> dict[str, Any]:
+    """The baseline's figures beside the model's, and whether chance explains the difference in the worst case."""
+    report = parts.report
+    same, whole = _common(report, baseline), _check_recipes(parts.recipe, baseline.conditions.get("recipe"))
+    gained, lost, distinguishable = mcnemar(baseline, report, WORST_CASE)
+    rows = [(_row(report, name), _row(baseline, name)) for name in (*report.correct, WORST_CASE)]
+    return {
+        "rows": rows,
+        "gained": gained,
+        "lost": lost,
+        "distinguishable": distinguishable,
+        "same": same,
+        "whole": whole,
+    }
+
+
+def _check_recipes(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> bool:
+    """Whether the recipes of a model and of its baseline are known to be the same, but for the layer.
+
+    Raises:
+        ValueError: they are known to differ in more, or the baseline has a layer too.
+    """
+    if theirs is None:
+        return False
+    if layer := layer_of(theirs):
+        raise ValueError(
+            f"the baseline was trained with the layer {layer!r}; give the report of the training without a layer"
+        )
+    if found := differences(ours, theirs):
+        raise ValueError(
+            f"the recipe of the baseline differs from the model's in more than the layer: {listed(found)}; train both "
+            "alike"
+        )
+    return same_keys(ours, theirs)
+
+
+def _common(report: Report, baseline: Report) -> str:
+    """What two reports say they have in common, as a list in words.
+
+    Raises:
+        ValueError: they differ in what has to be the same, or are about the same weights.
+    """
+    ours, theirs = report.conditions, baseline.conditions
+    if ours.get("weights_sha256") and ours["weights_sha256"] == theirs.get("weights_sha256"):
+        raise ValueError(
+            "the baseline's report is about the model's own weights; give the report of the training without the layer"
+        )
+    same = {
+        "threat model": (report.threat, baseline.threat),
+        "number of images": (report.count, baseline.count),
+        "attacks": (sorted(report.correct), sorted(baseline.correct)),
+        "seed of the evaluation": (report.seed, baseline.seed),
+        **{key.replace("_", " "): (ours.get(key), theirs.get(key)) for key in _COMMON},
+    }
+    for what, (mine, other) in same.items():
+        if mine != other:
+            raise ValueError(
+                f"the {what} of the baseline's report is {other}, of the model's {mine}; train and evaluate both alike"
+            )
+    known = [word for key, word in _COMMON.items() if ours.get(key) is not None]
+    return " and ".join(filter(None, [", ".join(known[:-1]), *known[-1:]]))
+
+
+class DataFacts(NamedTuple):
+    """What a card says about a data set.
+
+    Attributes:
+        title: its name.
+        hub: its id on the Hub.
+        terms: under what its images may be used.
+    """
+
+    title: str
+    hub: str
+    terms: str
+
+
+_FASHION_MNIST = DataFacts("Fashion-MNIST", "zalando-datasets/fashion_mnist", "MIT licence")
+
+DATA = {
+    "fashion_mnist": DataFacts(
+        "Fashion-MNIST, the balanced subset inside timm_fsr", "zalando-datasets/fashion_mnist", "MIT licence"
+    ),
+    "zalando-datasets/fashion_mnist": _FASHION_MNIST,
+    "fashion-mnist": _FASHION_MNIST,  # the folder of Debian's package dataset-fashion-mnist, with the authors' files
+    "uoft-cs/cifar10": DataFacts("CIFAR-10", "uoft-cs/cifar10", "its authors state no licence"),
+    "uoft-cs/cifar100": DataFacts("CIFAR-100", "uoft-cs/cifar100", "its authors state no licence"),
+    "ufldl-stanford/svhn": DataFacts("SVHN", "ufldl-stanford/svhn", "non-commercial use only"),
+    "zh-plus/tiny-imagenet": DataFacts(
+        "Tiny ImageNet", "zh-plus/tiny-imagenet", "ImageNet's terms: non-commercial research and education only"
+    ),
+    "ILSVRC/imagenet-1k": DataFacts(
+        "ImageNet-1k", "ILSVRC/imagenet-1k", "ImageNet's terms: non-commercial research and education only"
+    ),
+}
+"""By the `data.source` of a recipe."""
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repository, without asking the Hub.
+
+    Raises:
+        ValueError: see above.
+    """
+    try:
+        validate_repo_id(repo_id)
+        owner, slash, name = repo_id.partition("/")
+    except HFValidationError as error:
+        reason = str(error).split(":")[0].splitlines()[0]
+        raise ValueError(f"{repo_id!r} is no name of a repository ({reason}); write user/name") from error
+    if not (owner and slash and name):
+        raise ValueError(f"{repo_id!r} is no name of a repository (it names no user or organisation); write user/name")
+
+
+def check_license(license: str) -> None:
+    """Refuse what cannot be a licence's short name; which of those the Hub knows, it says itself when it is asked.
+
+    Raises:
+        ValueError: see above.
+    """
+    if not isinstance(license, str) or not _LICENSE.fullmatch(license):
+        raise ValueError(
+            f"{license!r} is no short name of a licence; write one of https://huggingface.co/docs/hub/repositories-licenses,"
+            " such as apache-2.0, mit, cc-by-nc-4.0 or other"
+        )
+
+
+def training_data(parts: Parts) -> DataFacts:
+    """Of what the recipe trains on."""
+    return _facts(parts.recipe.get("data", {}).get("source"))
+
+
+def tested_data(parts: Parts) -> tuple[DataFacts, str | None]:
+    """Of what the report was made on, and which split of it; None if it does not say."""
+    named = re.match(r"(.*?)\[([^\]]*)\]", str(parts.report.conditions.get("data") or ""))
+    return (_facts(named[1]), named[2]) if named else (_facts(parts.report.conditions.get("data")), None)
+
+
+def starting_point(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """What the training started from, as the recipe says: its name, and its repository if it is on the Hub."""
+    model = recipe.get("model", {})
+    name = str(model.get("name", "")).replace("hf_hub:", "hf-hub:", 1)
+    if name.startswith("hf-hub:"):
+        repository = name.removeprefix("hf-hub:").partition("@")[0]
+        return repository, repository
+    ours = [entry for entry in list_pretrained() if entry.name == name]
+    if ours:  # with weights at hand nothing says that they are on the Hub too
+        return name, None if ours[0].weights else ours[0].hub_id
+    config = get_pretrained_cfg(name, allow_unregistered=True) if model.get("pretrained") else None
+    return (config.hf_hub_id,) * 2 if config else (None, None)
+
+
+def metadata(parts: Parts, repo_id: str, license: str, base_model: str | None) -> ModelCardData:
+    """The head of a card."""
+    data = training_data(parts)
+    return ModelCardData(
+        model_name=repo_id.partition("/")[2],
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=license,
+        datasets=[data.hub] if data.hub else None,
+        base_model=base_model,
+        tags=[
+            "timm",
+            "timm_fsr",
+            "image-classification",
+            "adversarial-robustness",
+            *([parts.layer] if parts.layer else []),
+            *(["arxiv:2303.13846"] if parts.layer == "fsr" else []),
+        ],
+        eval_results=results(parts),
+    )
+
+
+def results(parts: Parts) -> list[EvalResult]:
+    """Accuracies in percent: clean, under AutoAttack where it ran, and the worst case."""
+    report, (data, split) = parts.report, tested_data(parts)
+    names = ["clean", *(name for name in _ATTACK_NAMES if name in report.correct), WORST_CASE]
+    found = []
+    for name in names:
+        value = report.worst_case if name == WORST_CASE else report.accuracy[name]
+        attack = _ATTACK_NAMES.get(name, "worst case of all attacks")
+        details: dict[str, Any] = {"n_examples": report.count, "seed": report.seed}
+        if name != "clean":
+            details |= {"norm": report.norm, "eps": float(report.eps)}
+            details["attack"] = ", ".join(report.stages.get(name) or report.attacks)
+        found.append(
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=data.hub or "unpublished",
+                dataset_name=data.title,
+                dataset_split=split,
+                metric_type="accuracy",
+                metric_name="Accuracy" if name == "clean" else f"Robust accuracy ({attack}, {report.threat})",
+                metric_value=round(100 * value, 2),
+                metric_args=details,
+            )
+        )
+    return found
+
+
+def _facts(source: Any) -> DataFacts:
+    return DATA.get(str(source)) or DataFacts(str(source or "unnamed images"), "", "see the data set's own page")

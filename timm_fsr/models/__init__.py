@@ -1,0 +1,1 @@
+"""Models: registered variants, CIFAR-size networks, saving, loading and converting."""

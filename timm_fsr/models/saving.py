@@ -1,0 +1,383 @@
+"""Saving and loading models in timm's format, in float32 or half precision, with the record of their origin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save, save_file
+from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
+from torch import Tensor, nn
+
+from timm_fsr.hooks.site import layer_groups
+from timm_fsr.layers import list_layers
+from timm_fsr.models.pixel import base_model
+from timm_fsr.models.pretrained import CARD, RECIPE, REPORT, list_pretrained
+from timm_fsr.models.weights import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    check_record,
+    make_record,
+    told_by_version,
+    verify_folder,
+    verify_hub,
+)
+from timm_fsr.reports.report import Report
+from timm_fsr.utils.errors import unknown
+from timm_fsr.utils.files import staged
+from timm_fsr.utils.hub_errors import explained
+from timm_fsr.version import __version__
+
+HUB, FOLDER = "hf-hub:", "local-dir:"
+_REPOSITORY = r"[\w.-]+/[\w.-]+(@[^/\s]+)?"
+
+# Options of `timm.create_model` that say where weights come from; a saved model brings its own.
+_NOT_SAVED = ("pretrained_backbone", "checkpoint_path", "cache_dir")
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    report: Report | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Save a model as `config.json` and `model.safetensors`, with every feature-layer argument written out.
+
+    Args:
+        model: a timm model made by `timm.create_model`, with feature layers or without, or a PixelModel of one.
+        folder: made if missing; files of these names in it are replaced, each atomically, when all are written.
+        report: written beside them as `report.json`; without one, an older one there is removed. So is an older model
+            card: it is about other weights.
+        recipe: how it was trained, written as `recipe.yaml`; None takes the one that the report of a training run has.
+        dtype: torch.float16 or torch.bfloat16 stores matrices and kernels in it, after `timm_fsr.round_weights`; they
+            are float32 again when loaded.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: `timm.create_model` could not rebuild the model from its configuration, or `dtype` would change it.
+        OSError: the disk is full or the folder is not writable; what was there before is untouched.
+    """
+    model = base_model(model)
+    _check_rebuildable(model)
+    arguments = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in _NOT_SAVED}
+    original = model._model_args if hasattr(model, "_model_args") else None
+    folder = Path(folder)
+    try:
+        model._model_args = arguments  # type: ignore[assignment]
+        with staged(folder) as scratch:
+            tensors = _plain_tensors(model)
+            save_file(tensors if dtype is None else halved(tensors, dtype), scratch / WEIGHTS)
+            record = make_record(scratch / WEIGHTS, None if dtype is None else str(dtype).removeprefix("torch."))
+            save_config_for_hf(model, str(scratch / CONFIG), model_config={RECORD: record})
+            shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
+            if report is not None:
+                (scratch / REPORT).write_text(report.to_json())
+            recipe = recipe or (report.conditions.get("recipe") if report else None)
+            if recipe:
+                (scratch / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
+        stale = [name for name, written in ((REPORT, report), (RECIPE, recipe)) if not written]
+        if _is_card(folder / CARD):
+            stale.append(CARD)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)  # it is about other weights
+    finally:
+        if original is not None:
+            model._model_args = original
+    return folder
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A trained model, by whatever name it has; its weights are checked against the checksum saved with them.
+
+    Args:
+        name: a pretrained tag ("resnet_tiny_cifar_fsr.at_fashion_mnist"; `timm-fsr models` lists them), a repository
+            of the Hub ("user/name", "user/name@revision", "hf-hub:user/name"), a folder that `save_pretrained`
+            wrote, or a timm model with weights of its own ("resnet50.a1_in1k").
+        num_classes: another number of classes than the checkpoint's: its heads start afresh, for fine-tuning.
+        in_chans: another number of image channels: the first layer's weights are adapted as timm does.
+        cache_dir: where downloads are kept.
+        **kwargs: further arguments of `timm.create_model`, such as `drop_rate=0.1`.
+
+    Returns:
+        The model in training mode, as `timm.create_model` returns it.
+
+    Raises:
+        ValueError: an unknown architecture or layer, a newer format, damaged or exchanged weights, bad arguments.
+        FileNotFoundError: no such folder or repository, or it is neither in the cache nor to be had.
+        PermissionError: the Hub wants a token, or another one.
+        ConnectionError: the Hub cannot be reached, or is busy.
+    """
+    name = str(name)
+    given = {"num_classes": num_classes, "in_chans": in_chans, "cache_dir": cache_dir}
+    arguments = {**{key: value for key, value in given.items() if value is not None}, **kwargs}
+    if "/" in name and ":" not in name and not Path(name).is_dir() and re.fullmatch(_REPOSITORY, name):
+        try:
+            return load(f"{HUB}{name}", pretrained=True, **arguments)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no folder {name} here, and as a repository: {error}") from error
+    return load(name, pretrained=True, **arguments)
+
+
+def load(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model` with errors that name the remedy.
+
+    Args:
+        name: a timm model name, a path of a folder written by `save_pretrained`, or either of timm's
+            "local-dir:" and "hf-hub:" names. Paths, sourced names and this package's tags load their weights.
+        **kwargs: passed to `timm.create_model`.
+
+    Raises:
+        ValueError: no such model, arguments that it does not take, or a damaged checkpoint.
+        OSError: no such folder or repository, or the Hub cannot be reached; see `from_pretrained`.
+    """
+    name = resolve(name)
+    if name.startswith(HUB):
+        repository = name.removeprefix(HUB)
+        with explained(repository):
+            name = f"{HUB}{_checked(repository, kwargs.get('cache_dir'))}"
+            return _create(
+                name, {"source": "hf-hub", "hf_hub_id": name.removeprefix(HUB)}, {"pretrained": True, **kwargs}
+            )
+    source = {}
+    if name.startswith(FOLDER):
+        source = {"source": "local-dir", "file": name.removeprefix(FOLDER)}
+        verify_folder(Path(source["file"]))
+    with explained(name):
+        return _create(name, source, {"pretrained": True, **kwargs} if is_trained(name) else kwargs)
+
+
+def is_trained(name: str) -> bool:
+    """Does a name that `resolve` gave stand for a trained model, not for an architecture alone?"""
+    return ":" in name or any(entry.name == name for entry in list_pretrained())
+
+
+def resolve(name: str) -> str:
+    """The name by which timm knows the model that `load` would build; reads no weights and asks no network.
+
+    Raises:
+        ValueError, FileNotFoundError: see `load`.
+    """
+    if timm.is_model(name.split(".")[0]):
+        return name
+    path = Path(name.removeprefix(FOLDER))
+    if name.startswith(FOLDER) or path.is_dir():
+        _check_config(path / CONFIG)
+        return f"{FOLDER}{path}"
+    if path.is_file():
+        raise ValueError(
+            f"{name} is a file; give a folder that save_pretrained wrote, or build the network that these weights "
+            f"belong to with checkpoint_path={name!r}"
+        )
+    if ":" in name:
+        return name.replace("hf_hub:", HUB, 1)
+    if "/" in name:
+        raise FileNotFoundError(
+            f"there is no folder {name}; give one that save_pretrained wrote, a timm model name, or hf-hub:user/name "
+            "for a model of the Hub"
+        )
+    raise ValueError(f"{unknown('model', name, timm.list_models())}; no folder is called so; see timm.list_models()")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the `model.safetensors` that `save_pretrained` would write of it, in its own precision."""
+    return hashlib.sha256(save(_plain_tensors(base_model(model)))).hexdigest()
+
+
+def _checked(name: str, cache_dir: str | None) -> str:
+    """The repository with its present commit, so that what is loaded is what has been checked.
+
+    Refuses what timm would refuse in its own words, or not at all; the files checked stay in the cache.
+    """
+    path = Path(download_from_hf(name, CONFIG, cache_dir=cache_dir))
+    _check_config(path, f"{HUB}{name}")
+    commit = f"{hf_split(name)[0]}@{path.parent.name}"
+    verify_hub(commit, cache_dir)
+    return commit
+
+
+def _check_config(path: Path, source: str | None = None) -> None:
+    """Refuse a configuration that is missing or damaged, of a newer format or an unknown architecture."""
+    if not path.is_file():
+        best = path.parent / "best"
+        remedy = f"{best}, which training chose" if (best / CONFIG).is_file() else "a folder that save_pretrained wrote"
+        raise FileNotFoundError(f"{path.parent} has no {CONFIG}, so it is no saved model; give {remedy}")
+    source = source or str(path)
+    try:
+        config = json.loads(path.read_bytes())
+        architecture = config["architecture"]
+        known = timm.is_model(architecture)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source} is damaged ({error!r}); download or save the model again") from error
+    check_record(config, source)  # a newer version may know more architectures
+    if not known:
+        raise ValueError(f"{unknown(f'architecture in {source}', architecture, timm.list_models())}; {_remedy(config)}")
+
+
+def _remedy(config: Mapping[str, Any]) -> str:
+    """What may be missing where an architecture is unknown."""
+    base, _, layer = str(config["architecture"]).rpartition("_")
+    if timm.is_model(base):
+        return (
+            f"timm_fsr {__version__} knows no feature layer {layer!r} (it has {', '.join(list_layers())}): import the "
+            "package that registers it, or update timm_fsr"
+        )
+    versions = config.get(RECORD, {})
+    saved = f"; it was saved with timm {versions['timm']}" if "timm" in versions else ""
+    return f"import the package that registers it, or update timm{saved}"
+
+
+def _create(name: str, source: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
+    """Timm's model; `source` is where its configuration is, as in a `pretrained_cfg`."""
+    with told_by_version(source, arguments.get("cache_dir")):
+        try:
+            return timm.create_model(name, **arguments)
+        except (TypeError, AttributeError, AssertionError) as error:
+            raise ValueError(f"{name} cannot be built with these arguments: {_one_line(error)}") from error
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            raise ValueError(
+                f"the weights of {name} are missing, damaged, for another network or no plain tensors: "
+                f"{_one_line(error)}"
+            ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 400, placeholder=" ...")
+
+
+def _check_rebuildable(model: nn.Module) -> None:
+    if len(layer_groups(model)) > 1:
+        raise ValueError("a checkpoint can hold one kind of feature layer; detach and attach only one")
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not architecture or not timm.is_model(architecture):
+        raise ValueError(
+            f"{type(model).__name__} cannot be rebuilt from a checkpoint: {architecture!r} is no registered timm "
+            "model; create the model by timm.create_model, with one kind of feature layer"
+        )
+
+
+def _is_card(path: Path) -> bool:
+    """Is it the card of a model, and not somebody's text about the folder?"""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    head = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+    return head is not None and "library_name: timm\n" in head[1]
+
+
+def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors wants it: no memory shared, no channels-last strides."""
+    state = model.state_dict()
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Round matrices and kernels, in place, to numbers that `dtype` has.
+
+    They stay in their own precision, and so does all arithmetic; `save_pretrained(..., dtype=dtype)` then stores them
+    exactly. Biases, norms and their statistics are few and stay as they are. float16 has 11 significant bits and is
+    the better choice for weights of ordinary size, bfloat16 has 8 and the range of float32. It is another model than
+    before: evaluate this one.
+
+    Args:
+        model: any model in float32.
+        dtype: torch.float16 or torch.bfloat16.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: another dtype, or weights that are too large for it; nothing was changed.
+    """
+    _check(dtype)
+    large = {name: tensor for name, tensor in model.state_dict().items() if _is_halved(tensor)}
+    for name, tensor in large.items():
+        if not torch.isfinite(tensor.to(dtype)).all():
+            raise ValueError(f"{name} has numbers that {dtype} cannot hold; use torch.bfloat16 or keep float32")
+    for tensor in large.values():  # the model's own memory
+        tensor.copy_(tensor.to(dtype))
+    return model
+
+
+def halved(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same tensors, matrices and kernels in `dtype`.
+
+    Raises:
+        ValueError: another dtype than float16 and bfloat16, or a number that it has not.
+    """
+    _check(dtype)
+    found = {name: tensor.to(dtype) if _is_halved(tensor) else tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not torch.equal(found[name].to(tensor.dtype), tensor):
+            raise ValueError(
+                f"{name} would be changed by being stored in {dtype}, and what was measured of the model would be that "
+                f"of another; call timm_fsr.round_weights(model, {dtype}) first and evaluate the result"
+            )
+    return found
+
+
+def _is_halved(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and tensor.ndim > 1
+
+
+def _check(dtype: torch.dtype) -> None:
+    if dtype not in HALVES:
+        raise ValueError(f"weights cannot be rounded to {dtype}; use one of {', '.join(map(str, HALVES))}")
+
+
+def training_report(name: str, model: nn.Module) -> Report | None:
+    """What training has said of a model, such as the split that chose the checkpoint; None if it has left nothing.
+
+    Args:
+        name: of the model, as `load` takes it: a folder, a pretrained tag or a repository of the Hub.
+        model: what was loaded. A report of other weights says nothing about it and is left out.
+
+    Raises:
+        ValueError: the report is damaged.
+    """
+    path = _find(resolve(name))
+    if path is None or not path.is_file():
+        return None
+    report = Report.load(path)
+    recorded = report.conditions.get("weights_sha256")
+    return report if recorded in (None, weights_digest(model)) else None
+
+
+def _find(name: str) -> Path | None:
+    if name.startswith(FOLDER):
+        return Path(name.removeprefix(FOLDER)) / REPORT
+    if name.startswith(HUB):
+        return _of_hub(name.removeprefix(HUB))
+    return next((entry.folder / REPORT for entry in list_pretrained() if entry.name == name), None)
+
+
+def _of_hub(repository: str) -> Path | None:
+    """The report in a repository; None where it has none, or where it cannot be had now."""
+    try:
+        with explained(repository):
+            return Path(download_from_hf(repository, REPORT))
+    except OSError:  # the weights were there: what they were chosen by must not keep them from being judged
+        return None

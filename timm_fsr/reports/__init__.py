@@ -1,0 +1,1 @@
+"""Reports: the outcome of an evaluation as data, as statistics and as a page."""

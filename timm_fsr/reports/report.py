@@ -1,0 +1,207 @@
+"""Reports: what an evaluation found, with the conditions it was found under."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_fsr.reports.statistics import clopper_pearson, per_class_accuracy
+from timm_fsr.utils.files import write_text
+
+SCHEMA_VERSION = 2
+"""Version 1 had no stages, labels, calibration, evidence, corruptions and notes; it is still read."""
+
+WORST_CASE = "worst_case"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Report:
+    """Per-image outcomes of an evaluation, and everything that decided them; docs/report.md describes its JSON.
+
+    Attributes:
+        correct: for "clean" and each attack by name, (N,) bool: was the image classified correctly?
+        stages: for attacks that are several in a row ("autoattack"), by the name of each, (N,) bool: was the image
+            still classified correctly after it? Each stage attacks what those before it left.
+        attacks: each attack by name, written out with its parameters.
+        norm: of the threat model.
+        eps: its radius, in pixels of [0, 1].
+        seed: of the random starts.
+        labels: (N,) int64 true classes.
+        conditions: model, data, its fingerprint, versions, hardware, batch size, precision, what chose the checkpoint.
+        notes: plain sentences about what a reader has to know, such as an attack that had to be changed.
+        calibration: for "clean", what `timm_fsr.reports.statistics.calibration` gives.
+        evidence: what `timm_fsr.evaluation.gradient_masking.gather_evidence` gives; {} if it was not asked for.
+        corruptions: accuracy in [0, 1] by corruption and severity; {} if not asked for.
+    """
+
+    correct: dict[str, Tensor]
+    attacks: dict[str, str]
+    norm: str
+    eps: float
+    seed: int
+    stages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    labels: Tensor | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    calibration: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    corruptions: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """For "clean" and each attack, the share of images classified correctly, in [0, 1]."""
+        return {name: _share(outcome) for name, outcome in self.correct.items()}
+
+    @property
+    def robust(self) -> Tensor:
+        """(N,) bool: was the image classified correctly clean and under every attack?"""
+        return torch.stack(list(self.correct.values())).all(dim=0)
+
+    @property
+    def worst_case(self) -> float:
+        """The share of images classified correctly clean and under every attack, in [0, 1]."""
+        return _share(self.robust)
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """95 % Clopper-Pearson interval of `accuracy[name]` (`"worst_case"` as well), from the number of images."""
+        flags = self.robust if name == WORST_CASE else self.correct[name]
+        return clopper_pearson(int(flags.sum()), self.count)
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self.correct["clean"])
+
+    @property
+    def threat(self) -> str:
+        """The threat model in the field's notation: "Linf 8/255"."""
+        return f"{self.norm.capitalize()} {format_eps(self.eps, self.norm)}"
+
+    def per_class(self, name: str = WORST_CASE) -> list[float | None]:
+        """Accuracy of each class under one attack, "clean" or all of them; None for a class without images.
+
+        Raises:
+            ValueError: the report has no labels (schema version 1).
+        """
+        if self.labels is None:
+            raise ValueError("this report was written without labels; evaluate the model again")
+        flags = self.robust if name == WORST_CASE else self.correct[name]
+        classes = len(self.conditions.get("classes") or ()) or int(self.labels.max()) + 1
+        return per_class_accuracy(flags, self.labels, classes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values; `from_dict` reads it back."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "threat_model": {"norm": self.norm, "eps": self.eps},
+            "seed": self.seed,
+            "images": self.count,
+            "accuracy": {**self.accuracy, WORST_CASE: self.worst_case},
+            "interval_95": {name: list(self.interval(name)) for name in (*self.correct, WORST_CASE)},
+            "attacks": self.attacks,
+            "notes": list(self.notes),
+            "conditions": self.conditions,
+            "calibration": self.calibration,
+            "evidence": self.evidence,
+            "corruptions": self.corruptions,
+            "labels": None if self.labels is None else self.labels.tolist(),
+            "correct": {name: _to_text(flags) for name, flags in self.correct.items()},
+            "stages": {name: {key: _to_text(f) for key, f in parts.items()} for name, parts in self.stages.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """Rebuild a report written by `to_dict`, also by an older version of it.
+
+        Raises:
+            ValueError: written by a newer version, or incomplete.
+        """
+        if values.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
+            raise ValueError(
+                f"the report has schema version {values.get('schema_version')!r}, this timm_fsr reads 1 to "
+                f"{SCHEMA_VERSION}; update timm_fsr"
+            )
+        try:
+            labels = values.get("labels")
+            return cls(
+                correct={name: _from_text(flags) for name, flags in values["correct"].items()},
+                stages={
+                    name: {key: _from_text(flags) for key, flags in parts.items()}
+                    for name, parts in values.get("stages", {}).items()
+                },
+                attacks=dict(values["attacks"]),
+                norm=values["threat_model"]["norm"],
+                eps=values["threat_model"]["eps"],
+                seed=values["seed"],
+                labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
+                conditions=dict(values["conditions"]),
+                notes=tuple(values.get("notes", ())),
+                calibration=dict(values.get("calibration", {})),
+                evidence=dict(values.get("evidence", {})),
+                corruptions=dict(values.get("corruptions", {})),
+            )
+        except KeyError as error:
+            raise ValueError(f"the report lacks the key {error}; evaluate the model again") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"the report is damaged ({error}); evaluate the model again") from error
+
+    def to_json(self) -> str:
+        """The text of `report.json`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON to `path`, atomically."""
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no such report in it.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no report {path}; give the report.json that an evaluation has written")
+        try:
+            values = json.loads(Path(path).read_bytes())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON ({error}); evaluate the model again") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no report; evaluate the model again")
+        return cls.from_dict(values)
+
+    def summary(self) -> str:
+        """One line: every accuracy in percent, and the threat model."""
+        parts = [f"{name} {100 * value:.2f} %" for name, value in self.accuracy.items()]
+        return f"{', '.join(parts)}, worst case {100 * self.worst_case:.2f} % ({self.threat}, {self.count} images)"
+
+
+def format_eps(eps: float, norm: str = "linf") -> str:
+    """A radius as the field writes it: in Linf as a fraction of 255 ("8/255"), elsewhere as a decimal ("0.5").
+
+    A Linf radius that is a short decimal ("0.1") stays one; of others the numerator is rounded ("6.25/255").
+    """
+    scaled = eps * 255
+    whole = abs(scaled - round(scaled)) < 1e-6
+    if norm != "linf" or eps == 0 or (not whole and abs(eps - float(f"{eps:.3g}")) < 1e-12):
+        return f"{eps:.4g}"
+    return f"{round(scaled)}/255" if whole else f"{scaled:.3g}/255"
+
+
+def _share(outcome: Tensor) -> float:
+    return int(outcome.sum()) / len(outcome)  # exact, as a mean in float32 is not
+
+
+def _to_text(flags: Tensor) -> str:
+    return "".join("01"[flag] for flag in flags.tolist())
+
+
+def _from_text(text: Iterable[str]) -> Tensor:
+    return torch.tensor([flag == "1" for flag in text], dtype=torch.bool)

@@ -1,0 +1,140 @@
+"""Statistics of a report: confidence intervals, calibration and accuracy per class."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def calibration(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, Any]:
+    """Calibration of a classifier on labelled images, as plain JSON values.
+
+    Confidence is the largest softmax probability. Bin m of M holds the images with confidence in ((m-1)/M, m/M].
+
+    Args:
+        logits: (N, classes), finite floating point, N of 1 or more.
+        labels: (N,) int64 in [0, classes).
+        bins: M, their number, 1 or more.
+
+    Returns:
+        - "accuracy", "mean_confidence": in [0, 1]
+        - "expected_calibration_error": Guo et al. 2017 (arXiv 1706.04599, eq. 3), in [0, 1]: the distance of accuracy
+          and mean confidence of a bin, averaged with the bins' shares of the images
+        - "negative_log_likelihood": mean in nats, 0 or more
+        - "brier_score": mean over the images of the squared distance between the probabilities and the one-hot label,
+          summed over the classes (Brier 1950), in [0, 2]
+        - "bins": by name "confidence" and "accuracy", `bins` values in [0, 1], None for a bin without images, and
+          "count", `bins` whole numbers
+
+    Raises:
+        ValueError: the tensors are no such logits and labels, or there is no bin.
+    """
+    _check_logits(logits, labels)
+    if bins < 1:
+        raise ValueError(f"bins={bins} leaves no bin to put an image in; use 1 or more, 15 is usual")
+    logits, labels = logits.detach().cpu().double(), labels.cpu()
+    probabilities = logits.softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
+    correct = (predicted == labels).double()
+    place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    count = place.bincount(minlength=bins)
+    confidence_sum = place.bincount(confidence, minlength=bins)
+    correct_sum = place.bincount(correct, minlength=bins)
+    one_hot = F.one_hot(labels, logits.shape[1])
+    return {
+        "accuracy": int(correct.sum()) / len(labels),
+        "mean_confidence": float(confidence.mean()),
+        "expected_calibration_error": float((confidence_sum - correct_sum).abs().sum()) / len(labels),
+        "negative_log_likelihood": float(F.cross_entropy(logits, labels)),
+        "brier_score": float((probabilities - one_hot).square().sum(dim=1).mean()),
+        "bins": {
+            "confidence": _means(confidence_sum, count),
+            "accuracy": _means(correct_sum, count),
+            "count": count.tolist(),
+        },
+    }
+
+
+def per_class_accuracy(correct: Tensor, labels: Tensor, num_classes: int) -> list[float | None]:
+    """The share of each class's images that were classified correctly.
+
+    Args:
+        correct: (N,) bool: was the image classified correctly?
+        labels: (N,) int64 true classes in [0, num_classes).
+        num_classes: the number of classes, 1 or more.
+
+    Returns:
+        `num_classes` values in [0, 1], None where a class has no image.
+
+    Raises:
+        ValueError: the tensors are no such flags and labels.
+    """
+    if correct.dtype != torch.bool or correct.ndim != 1:
+        raise ValueError(
+            f"correct has shape {tuple(correct.shape)} and dtype {correct.dtype}; give one bool per image, such as "
+            "logits.argmax(1) == labels"
+        )
+    _check_labels(labels, len(correct), num_classes)
+    correct, labels = correct.cpu(), labels.cpu()
+    return _means(labels[correct].bincount(minlength=num_classes), labels.bincount(minlength=num_classes))
+
+
+def _check_logits(logits: Tensor, labels: Tensor) -> None:
+    if logits.ndim != 2 or 0 in logits.shape or not logits.is_floating_point():
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} and dtype {logits.dtype}; give the model's raw output, floating "
+            "point (N, classes), for one image or more"
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError("logits hold NaN or infinite values, which no probability follows from; check the weights")
+    _check_labels(labels, len(logits), logits.shape[1])
+
+
+def _check_labels(labels: Tensor, count: int, num_classes: int) -> None:
+    if labels.shape != (count,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; give one int64 class per image, "
+            f"shape ({count},)"
+        )
+    if count and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
+        raise ValueError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, but there are {num_classes} classes (0 to "
+            f"{num_classes - 1}); give the labels that the model was trained with"
+        )
+
+
+def _means(sums: Tensor, counts: Tensor) -> list[float | None]:
+    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    return [total / count if count else None for total, count in pairs]
+
+
+def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion seen in `count` independent trials (Clopper and Pearson, 1934), within [0, 1].
+
+    Exact in that it covers the true proportion at least 95 times of 100, whatever that is.
+    """
+    tail = 0.025
+    low = 0.0 if successes == 0 else _root(lambda p: 1 - _at_most(successes - 1, count, p) - tail)
+    high = 1.0 if successes == count else _root(lambda p: tail - _at_most(successes, count, p))
+    return low, high
+
+
+def _at_most(successes: int, count: int, probability: float) -> float:
+    """The probability of at most so many successes in `count` trials."""
+    k = torch.arange(successes + 1, dtype=torch.float64)
+    ways = math.lgamma(count + 1) - torch.lgamma(k + 1) - torch.lgamma(count - k + 1)
+    logs = ways + k * math.log(probability) + (count - k) * math.log1p(-probability)
+    return float(logs.logsumexp(dim=0).exp())
+
+
+def _root(rising: Any) -> float:
+    """Where a rising function of a probability crosses zero, by bisection to the last bits."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
+    return (low + high) / 2

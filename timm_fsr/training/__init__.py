@@ -1,0 +1,1 @@
+"""Training: a recipe is read, checked, run and concluded."""

@@ -1,0 +1,145 @@
+"""What a training objective is: how to attack a batch, and what to minimise on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_fsr.attacks.base import Attack, LossFunction, attack_mode
+from timm_fsr.training.objectives.passes import attack_loss
+from timm_fsr.utils.errors import check_images
+
+Method = TypeVar("Method", bound="Objective")
+
+
+class LossTerms(dict[str, Tensor]):
+    """Weighted scalar loss terms by name; their sum is minimised.
+
+    Attributes:
+        logits: (N, classes) for "clean" and "adversarial" images, as far as they were passed; detached, for metrics.
+    """
+
+    logits: dict[str, Tensor]
+
+    def total(self) -> Tensor:
+        """The sum of the terms."""
+        return torch.stack(list(self.values())).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A training method: crafts adversarial images, and names what to minimise.
+
+    A subclass defines `terms`, and `attack_loss` where it is not the cross-entropy. The auxiliary terms of feature
+    layers ("fsr.separation", ...) are added on adversarial images, as the FSR paper does (equation 8, where the
+    classification loss is that of any adversarial training).
+
+    Attributes:
+        label_smoothing: in [0, 1), of the main cross-entropy of the training loss only.
+        layer: name of the feature layer that the method cannot do without, if any.
+        fine_tunes: the method starts from a trained model.
+        teacher: a frozen model that the method learns from, if any; `begin` makes it.
+    """
+
+    layer: ClassVar[str | None] = None
+    fine_tunes: ClassVar[bool] = False
+    label_smoothing: float = 0.0
+    teacher: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1): it is a share of probability")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        attack: Attack,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> LossTerms:
+        """Loss terms of `images` (N, C, H, W) in [0, 1] with `labels` (N,): `craft`, then `terms`.
+
+        Args:
+            model: in pixel space and training mode; also wrapped by DistributedDataParallel.
+            attack: maximises `attack_loss`, with the model in eval mode.
+            images: clean images.
+            labels: their classes.
+            generator: of the attack's random start.
+
+        Raises:
+            ValueError: images outside [0, 1] or of another dtype, or labels that the model has no class for.
+        """
+        adversarial = self.craft(model, attack, images, labels, generator=generator)
+        return self.terms(model, attack, images, adversarial, labels)
+
+    def begin(self: Method, model: nn.Module) -> Method:
+        """The objective for the training of `model`, in pixel space and as it is before its first step.
+
+        The same objective unless the method keeps something of the model as it began.
+        """
+        return self
+
+    @property
+    def attacks(self) -> bool:
+        """Whether the method trains on attacked images at all."""
+        return True
+
+    def craft(
+        self,
+        model: nn.Module,
+        attack: Attack,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Adversarial images that maximise `attack_loss` with the model in eval mode; the images if nothing `attacks`.
+
+        Under DistributedDataParallel the attack runs through the wrapped module: passing the wrapper would
+        synchronise buffers in each step and could pair up wrong collectives.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        inner = unwrapped(model)
+        check_images(images, labels, getattr(getattr(inner, "model", inner), "num_classes", None) or None)
+        if not self.attacks:
+            return images
+        self.check_attack(attack)
+        with attack_mode(inner):
+            return attack(self.attack_loss(inner, images, labels), images, generator=generator)
+
+    def attack_loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossFunction:
+        """What the attack maximises, one value per image; called with the model in attack mode.
+
+        Feature layers that have an `attack_weight` add a term of their own, as their papers' attacks have it.
+        """
+        return attack_loss(model, labels, lambda logits: F.cross_entropy(logits, labels, reduction="none"))
+
+    def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
+        """What to minimise, given the adversarial images of `craft`; a single forward pass of `model`."""
+        raise NotImplementedError
+
+    def check_attack(self, attack: Attack) -> None:
+        """Raise ValueError for an attack that cannot work with this method."""
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Raise ValueError for a weight of a loss term that is negative or infinite."""
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"{name}={weight} must be 0 or more: it weighs a loss term")

@@ -1,0 +1,28 @@
+"""Natural training: cross-entropy on clean images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from timm_fsr.attacks.base import Attack
+from timm_fsr.training.objectives.base import LossTerms, Objective
+from timm_fsr.training.objectives.passes import forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natural(Objective):
+    """Training on clean images: cross-entropy, and the feature layers' auxiliary terms on them."""
+
+    @property
+    def attacks(self) -> bool:
+        """Never."""
+        return False
+
+    def terms(self, model: nn.Module, attack: Attack, images: Tensor, adversarial: Tensor, labels: Tensor) -> LossTerms:
+        """The term "natural" and the auxiliary ones; `attack` and `adversarial` are not used."""
+        logits, aux = forward(model, images, labels)
+        terms = LossTerms(natural=self._cross_entropy(logits, labels), **aux)
+        terms.logits = {"clean": logits.detach()}
+        return terms

@@ -1,0 +1,154 @@
+"""A recipe: one training run as data, read from YAML and the command line, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser
+
+from timm_fsr.evaluation.registry import check_names
+from timm_fsr.training.objectives.base import Objective
+from timm_fsr.training.options import (
+    AttackOptions,
+    CheckpointOptions,
+    DataOptions,
+    EvaluationOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimOptions,
+)
+from timm_fsr.training.parsing import options_parser, read_options, write_options
+from timm_fsr.utils.errors import unknown
+
+__all__ = [
+    "AttackOptions",
+    "CheckpointOptions",
+    "DataOptions",
+    "EvaluationOptions",
+    "ModelOptions",
+    "ObjectiveOptions",
+    "OptimOptions",
+    "Recipe",
+    "parse_arguments",
+    "recipe_parser",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run as data.
+
+    Attributes:
+        output: folder of the results: `best/` and `last/` (models), `checkpoints/` (to resume from),
+            `metrics.jsonl`, `recipe.yaml`, `report.json`, `training.png`, and `trackers/` if there are any.
+        overwrite: replace a run that `output` holds already; else that is an error.
+        resume: go on with the run that `output` holds, from its newest checkpoint; start anew if there is none.
+        seed: decides weights, order, augmentation, attacks and noise.
+        mixed_precision: "no" (float32; its convolutions use TF32 on GPUs that have it, torch's default), "bf16" or
+            "fp16", by Accelerate. Validation and evaluation are always in float32 without TF32.
+        channels_last: memory format of images and convolutions, usually faster; random numbers are drawn in memory
+            order, so that the results differ as those of two seeds do.
+        compile: torch.compile backend of the model, such as "inductor"; null runs it as it is.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them, as timm does.
+        batch_norm: what processes do with their own BatchNorm running statistics after each step: "average" them,
+            take those of the "first" process, or "sync" the statistics within each training pass (GPUs only).
+        trackers: where metrics go besides `metrics.jsonl`: "tensorboard", "trackio", "wandb", by Accelerate.
+        model: see `ModelOptions`.
+        data: see `DataOptions`.
+        attack: see `AttackOptions`.
+        objective: see `ObjectiveOptions`.
+        optim: see `OptimOptions`.
+        evaluation: see `EvaluationOptions`.
+        checkpoint: see `CheckpointOptions`.
+    """
+
+    output: str = "runs/latest"
+    overwrite: bool = False
+    resume: bool = False
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = True
+    compile: str | None = None
+    gradient_checkpointing: bool = False
+    batch_norm: Literal["average", "first", "sync"] = "average"
+    trackers: list[str] = field(default_factory=list)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    attack: AttackOptions = field(default_factory=AttackOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    @property
+    def folder(self) -> Path:
+        """`output` as a path."""
+        return Path(self.output)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a YAML recipe, then apply overrides such as "--optim.epochs=5".
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no YAML, an unknown key (the message names the nearest), or a value of another type.
+        """
+        config = [] if path is None else [f"--config={path}"]
+        return parse_arguments([*config, *overrides])
+
+    def check(self) -> None:
+        """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other; leave one of them out")
+        for options in (self.data, self.attack, self.optim, self.evaluation, self.checkpoint):
+            options.check()
+        objective = self.objective.build()
+        objective.check_attack(self.attack.build())
+        self._check_passes(twice=bool(getattr(objective, "grad_align", 0.0)))
+        names = [*self.evaluation.attacks, self.evaluation.validation]
+        check_names(names, self.attack.norm, self.attack.eps, sources=False)
+        self._check_beginning(objective)
+        self.model.check()
+
+    def _check_beginning(self, objective: Objective) -> None:
+        """Refuse a model that the objective cannot begin with."""
+        if objective.layer is not None and self.model.layer != objective.layer:
+            raise ValueError(
+                f"objective.name={self.objective.name} needs the feature layer {objective.layer!r}, but model.layer is "
+                f"{self.model.layer}; set model.layer={objective.layer}, or take another objective"
+            )
+        if objective.fine_tunes and not self.model.is_trained:
+            raise ValueError(
+                f"objective.name={self.objective.name} fine-tunes a trained model, but {self.model.name} begins with "
+                "random weights; give the folder or Hub name of a trained model as model.name, or set model.pretrained"
+            )
+
+    def _check_passes(self, *, twice: bool) -> None:
+        """Refuse what cannot run the model as asked; `twice`: the loss is differentiated twice."""
+        if self.compile is not None:
+            known = torch.compiler.list_backends(exclude_tags=())
+            if self.compile not in known:
+                raise ValueError(unknown("torch.compile backend", self.compile, known))
+        for key in ("compile", "gradient_checkpointing"):
+            if twice and getattr(self, key):
+                raise ValueError(
+                    f"GradAlign differentiates twice, which does not work with {key}; leave out one of both"
+                )
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that `load` reads."""
+        return write_options(self)
+
+
+def recipe_parser() -> ArgumentParser:
+    """The parser behind `timm-fsr train`: --config, and one flag per recipe key."""
+    return options_parser(Recipe, prog="timm-fsr train", description="Train a model by a recipe.")
+
+
+def parse_arguments(arguments: Sequence[str]) -> Recipe:
+    """A recipe from command-line arguments; the errors are those of `Recipe.load`."""
+    return read_options(Recipe, arguments, recipe_parser())

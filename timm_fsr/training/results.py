@@ -1,0 +1,130 @@
+"""What a finished run leaves behind: the plot, the report and the model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from torch import nn
+
+from timm_fsr.data.streaming import Images
+from timm_fsr.evaluation.evaluator import evaluate
+from timm_fsr.evaluation.inference import BATCH_SIZE, hardware
+from timm_fsr.models.saving import load, save_pretrained
+from timm_fsr.training.metrics import read_metrics
+from timm_fsr.training.state import Run
+from timm_fsr.utils.files import staged
+from timm_fsr.utils.progress import bar
+
+_CURVES = {
+    "train.robust_accuracy": ("training images, attacked", "#b3541e", "-"),
+    "held_out.robust_accuracy": ("held-out images, attacked", "#1f5f8b", "-"),
+    "held_out.one_step_accuracy": ("held-out images, one step", "#1f5f8b", ":"),
+    "train.clean_accuracy": ("training images, clean", "#b3541e", "--"),
+    "held_out.clean_accuracy": ("held-out images, clean", "#1f5f8b", "--"),
+}
+
+
+def conclude(run: Run) -> nn.Module:
+    """Reload the best model as a user would, evaluate it on the test images, and save the report and the plot."""
+    output, main = run.recipe.folder, run.accelerator.is_main_process
+    model = load(str(output / "best")).to(run.accelerator.device).eval()
+    if main:
+        _plot(run)
+    options = run.recipe.evaluation
+    if not options.attacks:
+        return model
+    test = run.recipe.data.build_test(run.data.classes, progress=main)
+    with bar(run.console, "evaluation", len(test) // run.accelerator.num_processes) as show:
+        report = evaluate(
+            model,
+            test.to(run.accelerator.device).batches(BATCH_SIZE),
+            norm=run.recipe.attack.norm,
+            eps=run.recipe.attack.eps,
+            attacks=options.attacks,
+            seed=run.recipe.seed,
+            name=model_label(run),
+            data_name=test.name,
+            folder=output / "evaluation",  # a kill costs one attack on one batch
+            overwrite=True,
+            accelerator=run.accelerator,
+            progress=lambda now: show(now.images, f"at most {100 * now.bound:.1f} % robust"),
+        )
+    if main:
+        report.conditions.update(_training_conditions(run, test))
+        report.save(output / "report.json")
+        save_pretrained(model, output / "best", report=report)
+        run.console.print(f"{model_label(run)}: {report.summary()}\nresults in {output}")
+    run.accelerator.wait_for_everyone()
+    return model
+
+
+def _plot(run: Run) -> None:
+    output = run.recipe.folder
+    if importlib.util.find_spec("matplotlib") is None:
+        run.console.print("matplotlib is not installed: no training.png (pip install matplotlib)")
+        return
+    title = f"{model_label(run)}, {run.recipe.objective.name}"
+    plot_training(read_metrics(run), output / "training.png", title=title, best_epoch=run.progress.selection.epoch)
+
+
+def _training_conditions(run: Run, test: Images) -> dict[str, object]:
+    optim, selection = run.recipe.optim, run.progress.selection
+    recipe = yaml.safe_load(run.recipe.to_yaml())
+    return {
+        "data_fingerprint": test.fingerprint,
+        "training_data": run.data.name,
+        "checkpoint_rule": f"best {_attack_label(run)} accuracy on {run.held_out.name}",
+        "checkpoint_epoch": selection.epoch,
+        "training": f"{run.objective!r}, {run.attack!r}, {optim.epochs} epochs",
+        "training_seed": run.recipe.seed,
+        "training_seconds": round(sum(record["seconds"] for record in read_metrics(run)), 1),
+        "training_hardware": hardware(run.accelerator.device, run.accelerator.num_processes),
+        "recipe": {key: value for key, value in recipe.items() if key not in ("output", "overwrite", "resume")},
+    }
+
+
+def _attack_label(run: Run) -> str:
+    """The validation attack as it is written: "PGD-10"."""
+    options = run.recipe.evaluation
+    return f"{options.validation_attack.upper()}-{options.validation_steps}"
+
+
+def model_label(run: Run) -> str:
+    """The registered name of what is trained, such as "resnet18_cifar_fsr"."""
+    return (getattr(run.timm_model, "pretrained_cfg", None) or {}).get("architecture") or run.recipe.model.name
+
+
+def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str, best_epoch: int) -> None:
+    """Draw accuracies over epochs as a PNG: a growing gap between the attacked curves is robust overfitting.
+
+    Args:
+        metrics: one dictionary per epoch, as in `metrics.jsonl`.
+        path: of the picture.
+        title: above it.
+        best_epoch: is marked, as the one whose model was kept.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, (label, colour, style) in _CURVES.items():
+        points = [(line["epoch"], 100 * line[name]) for line in metrics if name in line]
+        if points:
+            epochs, values = zip(*points, strict=True)
+            axes.plot(epochs, values, style, color=colour, label=label, marker="o", markersize=3)
+    axes.axvline(best_epoch, color="#777777", linewidth=1, label=f"kept: epoch {best_epoch}")
+    axes.set(xlabel="epoch", ylabel="accuracy in %", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with staged(path.parent) as scratch:
+        figure.savefig(scratch / path.name, dpi=120)

@@ -1,0 +1,1 @@
+"""What every room needs: files, random numbers, errors, processes, progress."""
