@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from timm_fsr.attacks.apgd import APGD
-from timm_fsr.attacks.base import attack_mode
+from timm_fsr.attacks.base import attack_mode, register_attack
 from timm_fsr.attacks.pgd import FGSM, NFGSM, PGD
 from timm_fsr.hooks.attach import attach, detach, reattach
 from timm_fsr.hooks.tape import record
@@ -17,7 +17,7 @@ from timm_fsr.models.conversion import convert_official
 from timm_fsr.models.pixel import PixelModel
 from timm_fsr.models.pretrained import list_pretrained
 from timm_fsr.models.variants import register_pretrained, register_variants  # and registers the timm variants
-from timm_fsr.training.objectives import AFD, AT, MART, TRADES, Natural, Objective
+from timm_fsr.training.objectives import AFD, AT, MART, TRADES, Natural, Objective, register_objective
 from timm_fsr.version import __version__
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from timm_fsr.evaluation.corruptions import corrupt
     from timm_fsr.evaluation.evaluator import evaluate
     from timm_fsr.evaluation.gradient_masking import gather_evidence
+    from timm_fsr.evaluation.registry import Stage, Suite
     from timm_fsr.evaluation.saved_images import rescore
-    from timm_fsr.evaluation.stages import Stage, Suite
     from timm_fsr.hub.publish import push_to_hub
     from timm_fsr.hub.robustbench import model_info, register_alias
     from timm_fsr.models.saving import from_pretrained, round_weights, save_pretrained
@@ -42,8 +42,8 @@ _LATER = {
     "InterruptedRunError": "training.step",
     "Recipe": "training.recipe",
     "Report": "reports.report",
-    "Stage": "evaluation.stages",
-    "Suite": "evaluation.stages",
+    "Stage": "evaluation.registry",
+    "Suite": "evaluation.registry",
     "UnsoundError": "utils.errors",
     "assess": "evaluation.benchmark",
     "corrupt": "evaluation.corruptions",
@@ -99,7 +99,9 @@ __all__ = [
     "reattach",
     "record",
     "register_alias",
+    "register_attack",
     "register_layer",
+    "register_objective",
     "register_pretrained",
     "register_variants",
     "rescore",

@@ -17,11 +17,11 @@ from accelerate.state import AcceleratorState
 from support.tiny import images, tiny_resnet, with_fsr
 from torch import Tensor, nn
 
-import timm_fsr.evaluation.adaptive
 import timm_fsr.evaluation.evaluator
+import timm_fsr.evaluation.suites.adaptive
 from timm_fsr.evaluation.evaluator import evaluate
+from timm_fsr.evaluation.registry import Stage, Suite
 from timm_fsr.evaluation.saved_images import Rescored, attacked_batches, rescore
-from timm_fsr.evaluation.stages import Stage, Suite
 from timm_fsr.models.saving import save_pretrained
 from timm_fsr.reports.report import Report
 from timm_fsr.utils.distributed import join_processes
@@ -141,8 +141,8 @@ class TestResume:
 
     @pytest.mark.parametrize("attack", ["transfer", "adaptive"])
     def test_other_weights_of_a_transfer_source_are_attacked_with_anew(self, model, tmp_path, attack, monkeypatch):
-        monkeypatch.setattr(timm_fsr.evaluation.adaptive, "STEPS", 1)
-        monkeypatch.setattr(timm_fsr.evaluation.adaptive, "Component", lambda *_: no_square)
+        monkeypatch.setattr(timm_fsr.evaluation.suites.adaptive, "STEPS", 1)
+        monkeypatch.setattr(timm_fsr.evaluation.suites.adaptive, "Component", lambda *_: no_square)
         sources = [tiny_resnet(), network()]
         found = [
             evaluate(model, batches(1), attacks=[attack], folder=tmp_path, transfer_from={"base": source}, eps=0.1)

@@ -17,7 +17,7 @@ from timm.models import _registry as timm_registry
 from torch import nn
 
 import timm_fsr
-from timm_fsr.layers.base import _LAYERS
+from timm_fsr.layers import LAYERS
 from timm_fsr.models import variants as models
 from timm_fsr.models.pixel import PixelModel
 from timm_fsr.training.trainer import train
@@ -88,7 +88,7 @@ def test_the_example_of_the_docs_runs() -> None:
                 logits = names["model"](torch.rand(2, 3, 64, 64))
             assert set(tape.losses(logits)) == {"gate.size"}
     finally:
-        _LAYERS.pop("gate", None)
+        LAYERS.remove("gate")
 
 
 def test_the_docs_name_every_layer() -> None:

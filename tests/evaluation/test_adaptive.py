@@ -40,11 +40,11 @@ from torch import Tensor, nn
 from timm_fsr.attacks.apgd import APGD
 from timm_fsr.attacks.base import attack_mode, input_gradient
 from timm_fsr.attacks.pgd import PGD
-from timm_fsr.evaluation import adaptive
-from timm_fsr.evaluation.adaptive import adaptive_stages, mean_gradient
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.model_checks import examine
-from timm_fsr.evaluation.stages import Stage
+from timm_fsr.evaluation.registry import Stage
+from timm_fsr.evaluation.suites import adaptive
+from timm_fsr.evaluation.suites.adaptive import adaptive_stages, mean_gradient
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.hooks.surrogates import feature_layers, noisy, plain
 

@@ -11,7 +11,7 @@ from support.judged import Brightness, Fixed, grey, suite
 from torch import Tensor, nn
 
 from timm_fsr.evaluation.evaluator import evaluate
-from timm_fsr.evaluation.stages import Stage, Suite
+from timm_fsr.evaluation.registry import Stage, Suite
 
 
 class Nudge:

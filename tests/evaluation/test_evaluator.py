@@ -16,7 +16,7 @@ import timm_fsr.evaluation.inference
 from timm_fsr.attacks.pgd import PGD
 from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.inference import _precision_switches
-from timm_fsr.evaluation.stages import Suite
+from timm_fsr.evaluation.registry import Suite
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.models.pixel import PixelModel
 

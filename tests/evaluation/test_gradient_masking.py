@@ -10,8 +10,8 @@ import torch
 from support.tiny import tiny_resnet, with_fsr
 from torch import Tensor, nn
 
-import timm_fsr.evaluation.adaptive
 import timm_fsr.evaluation.gradient_masking
+import timm_fsr.evaluation.suites.adaptive
 from timm_fsr.evaluation.gradient_masking import Subject, gather_evidence
 
 pytest.importorskip("pyautoattack")
@@ -214,7 +214,7 @@ def test_the_defaults_are_strong():
     factors = timm_fsr.evaluation.gradient_masking.EPS_FACTORS
     assert (factors[0], factors[-1]) == (0.0, 64.0)
     assert factors[-1] * 8 / 255 > 1, "the sweep has to reach a grey image"
-    assert timm_fsr.evaluation.adaptive.STEPS == 100
+    assert timm_fsr.evaluation.suites.adaptive.STEPS == 100
 
 
 class TestFeatureLayers:

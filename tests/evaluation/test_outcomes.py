@@ -8,7 +8,7 @@ from support.tiny import images, labels, tiny_resnet, with_fsr
 from torch import nn
 
 from timm_fsr.evaluation.outcomes import Journal, KnownSuite, batch_key, suite_key
-from timm_fsr.evaluation.stages import Stage, Suite
+from timm_fsr.evaluation.registry import Stage, Suite
 from timm_fsr.models.pixel import as_pixel_model
 from timm_fsr.models.weights import model_digest
 

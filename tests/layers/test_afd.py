@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.attacks.pgd import PGD
-from timm_fsr.layers import Disentangler
+from timm_fsr.layers.afd import Disentangler
 from timm_fsr.training.objectives.afd import AFD
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.trainer import train

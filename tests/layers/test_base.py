@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny import layers_registered
 from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.layers import FeatureLayer, layer_class
-from timm_fsr.layers.base import _LAYERS, check_layer_args, layer_defaults
+from timm_fsr.layers.base import LAYERS, check_layer_args, layer_defaults
 
 CHANNELS, CLASSES = 8, 5
 PLAIN = (bool, int, float, str, type(None))
@@ -298,7 +299,7 @@ def test_an_unknown_layer_names_the_nearest() -> None:
 
 
 def test_the_layers_are_sorted_by_name() -> None:
-    assert timm_fsr.list_layers() == sorted(_LAYERS)
+    assert timm_fsr.list_layers() == LAYERS.names() == sorted(LAYERS.names())
     assert "fsr" in timm_fsr.list_layers()
     assert layer_class("fsr") is timm_fsr.FSR
 
@@ -310,7 +311,7 @@ class Named(FeatureLayer):
 
 @pytest.mark.parametrize("bad", [None, "no-identifier", "", 3])
 def test_a_layer_needs_a_name(bad: Any) -> None:
-    with pytest.raises(ValueError, match="give the class a `name` that is an identifier"):
+    with pytest.raises(ValueError, match="give it a `name` that is an identifier"):
         timm_fsr.register_layer(type("Nameless", (Named,), {"name": bad}))
 
 
@@ -320,12 +321,12 @@ def test_a_name_is_given_once() -> None:
     assert layer_class("fsr") is timm_fsr.FSR
 
 
-def test_a_registered_layer_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_fsr.layers.base._LAYERS", dict(_LAYERS))
+def test_a_registered_layer_is_listed() -> None:
     newcomer = type("Newcomer", (Named,), {"name": "newcomer"})
-    assert timm_fsr.register_layer(newcomer) is newcomer
-    assert "newcomer" in timm_fsr.list_layers()
-    assert timm_fsr.register_layer(newcomer) is newcomer  # a second import changes nothing
+    with layers_registered(newcomer):
+        assert "newcomer" in timm_fsr.list_layers()
+        assert timm_fsr.register_layer(newcomer) is newcomer  # a second import changes nothing
+    assert "newcomer" not in timm_fsr.list_layers()
 
 
 def test_the_bare_contract_refuses_to_run() -> None:

@@ -10,7 +10,7 @@ from support.tiny import images, tiny_resnet, tiny_vit
 from torch import Tensor
 
 import timm_fsr
-from timm_fsr.layers import CAS
+from timm_fsr.layers.cas import CAS
 
 CHANNELS, CLASSES = 6, 4
 

@@ -11,7 +11,7 @@ from support.tiny import images, tiny_resnet
 from torch import Tensor
 
 import timm_fsr
-from timm_fsr.layers import CIFS
+from timm_fsr.layers.cifs import CIFS
 
 CHANNELS, CLASSES = 6, 5
 

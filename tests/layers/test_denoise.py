@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.hooks.surrogates import IDENTITY, list_surrogates
-from timm_fsr.layers import Denoise
+from timm_fsr.layers.denoise import Denoise
 
 KINDS = ("softmax", "dot", "bilateral", "bilateral_dot", "mean", "median")
 SHAPES = [(3, 6, 4, 5), (2, 6, 1, 1), (2, 3, 1, 4), (2, 9, 2, 2)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from timm_fsr.layers import FPCM
+from timm_fsr.layers.fpcm import FPCM
 
 SHAPES = [(3, 4, 4, 5), (2, 3, 3, 3), (2, 4, 1, 1), (2, 2, 1, 2), (2, 4, 8, 8)]
 

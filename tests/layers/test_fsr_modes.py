@@ -12,8 +12,8 @@ from support.tiny import images, labels, tiny_resnet, with_fsr
 from torch import Tensor
 
 import timm_fsr
-from timm_fsr.evaluation.adaptive import adaptive_stages
 from timm_fsr.evaluation.model_checks import Soundness
+from timm_fsr.evaluation.suites.adaptive import adaptive_stages
 from timm_fsr.hooks.surrogates import list_surrogates, surrogate
 from timm_fsr.layers import FSR
 from timm_fsr.layers.common import strongest_wrong_class

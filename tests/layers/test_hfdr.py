@@ -12,7 +12,7 @@ from support.tiny import images, tiny_resnet
 from torch import Tensor
 
 import timm_fsr
-from timm_fsr.layers import HFDR
+from timm_fsr.layers.hfdr import HFDR
 
 CHANNELS = 3
 

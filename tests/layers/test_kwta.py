@@ -11,7 +11,7 @@ from torch import Tensor
 
 import timm_fsr
 from timm_fsr.hooks.surrogates import list_surrogates, surrogate
-from timm_fsr.layers import KWTA
+from timm_fsr.layers.kwta import KWTA
 from timm_fsr.models.variants import build_variant
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 import timm_fsr
 from timm_fsr.hooks.surrogates import list_surrogates, noisy
-from timm_fsr.layers import SAP
-from timm_fsr.layers.sap import drawn
+from timm_fsr.layers.sap import SAP, drawn
 
 
 def features(*shape: int) -> Tensor:

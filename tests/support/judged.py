@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.evaluation.stages import Stage, Suite
+from timm_fsr.evaluation.registry import Stage, Suite
 
 
 class Brightness(nn.Module):

@@ -18,10 +18,10 @@ from accelerate.state import PartialState
 
 import timm_fsr
 from timm_fsr.attacks.autoattack import Component
-from timm_fsr.evaluation import adaptive
 from timm_fsr.evaluation import gradient_masking as evidence
 from timm_fsr.evaluation.benchmark import assess
 from timm_fsr.evaluation.gradient_masking import gather_evidence
+from timm_fsr.evaluation.suites import adaptive
 from timm_fsr.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.layers import FeatureLayer
-from timm_fsr.layers.base import _LAYERS, Aux
+from timm_fsr.layers.base import LAYERS, Aux
 
 CLASSES = 10
 
@@ -72,13 +73,22 @@ class LabelScale(FeatureLayer):
 
 
 @contextmanager
-def label_scale_registered() -> Iterator[None]:
-    """Within it `LabelScale` is a layer like any other; outside it is not listed."""
-    timm_fsr.register_layer(LabelScale)
+def layers_registered(*layers: type[FeatureLayer]) -> Iterator[None]:
+    """Within it these are layers like any other, but without variants in timm; outside they are not listed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LAYERS, "_observers", [])
+        for layer in layers:
+            assert timm_fsr.register_layer(layer) is layer
     try:
         yield
     finally:
-        del _LAYERS[LabelScale.name]
+        for layer in layers:
+            LAYERS.remove(layer.name)
+
+
+def label_scale_registered() -> AbstractContextManager[None]:
+    """Within it `LabelScale` is a layer like any other; outside it is not listed."""
+    return layers_registered(LabelScale)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

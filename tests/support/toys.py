@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import timm_fsr
-from timm_fsr.evaluation.adaptive import JOINT_WEIGHTS
+from support.tiny import layers_registered
+from timm_fsr.evaluation.suites.adaptive import JOINT_WEIGHTS
 from timm_fsr.hooks.surrogates import feature_layers
 from timm_fsr.layers import FSR, FeatureLayer
-from timm_fsr.layers.base import _LAYERS, Aux
+from timm_fsr.layers.base import Aux
 
 EPS = 0.1
 LEVELS = (0.45, 0.55, 0.45, 0.55, 0.45, 0.55)
@@ -181,13 +182,8 @@ TOY_LAYERS = (Rounding, Loud, Watching, Wavering, Detaching, Dropping)
 @contextmanager
 def toy_layers_registered() -> Iterator[None]:
     """Within it the toy layers are known like any other."""
-    for layer in TOY_LAYERS:
-        timm_fsr.register_layer(layer)
-    try:
+    with layers_registered(*TOY_LAYERS):
         yield
-    finally:
-        for layer in TOY_LAYERS:
-            del _LAYERS[layer.name]
 
 
 def with_set_fsr(toy: Toy, mask: list[list[float]], recalibration: list[float]) -> Toy:

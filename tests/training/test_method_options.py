@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.tiny import tiny_resnet, tiny_vit, with_fsr
 
-from timm_fsr.attacks.pgd import FGSM, NFGSM, PGD
+from timm_fsr.attacks.pgd import FGSM, FGSMRS, NFGSM, PGD
 from timm_fsr.training.objectives.afd import AFD
 from timm_fsr.training.objectives.at import AT
 from timm_fsr.training.objectives.mart import MART
@@ -42,10 +42,10 @@ class TestAttack:
             ),
             ({"steps": 1, "start_noise": 0.001}, PGD(eps=8 / 255, steps=1, start_noise=0.001)),
             ({"name": "fgsm", "norm": "l2", "eps": 0.5}, FGSM(norm="l2", eps=0.5)),
-            ({"name": "fgsm_rs", "eps": 0.1}, PGD(eps=0.1, steps=1, step_size=0.125)),
+            ({"name": "fgsm_rs", "eps": 0.1}, FGSMRS(eps=0.1)),
             (
                 {"name": "fgsm_rs", "norm": "l2", "eps": 0.1, "step_size": 0.05},
-                PGD(norm="l2", eps=0.1, steps=1, step_size=0.05),
+                FGSMRS(norm="l2", eps=0.1, step_size=0.05),
             ),
             ({"name": "n_fgsm", "eps": 0.1}, NFGSM(eps=0.1, noise=2.0, step_size=None)),
             ({"name": "n_fgsm", "eps": 0.1, "step_size": 0.05}, NFGSM(eps=0.1, step_size=0.05)),

@@ -38,7 +38,7 @@ def fsr_model() -> nn.Module:
     return with_fsr(tiny_resnet(), noise=False).train()
 
 
-@pytest.fixture(params=OBJECTIVES)
+@pytest.fixture(params=OBJECTIVES.names())
 def objective(request: pytest.FixtureRequest, model: nn.Module) -> Objective:
     """Begun on `model`, which gets the feature layer that the method needs."""
     method = OBJECTIVES[request.param]()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import timm_fsr
 from timm_fsr.attacks.base import attack_mode
 from timm_fsr.attacks.pgd import PGD
-from timm_fsr.layers import CAS
+from timm_fsr.layers.cas import CAS
 from timm_fsr.training.objectives import passes
 from timm_fsr.training.objectives.at import AT
 from timm_fsr.training.objectives.base import Objective

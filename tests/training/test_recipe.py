@@ -196,6 +196,7 @@ class TestYAML:
     # Every key of every section at another value than its default.
     CHANGED = Recipe(
         output="elsewhere",
+        imports=["own.py"],
         overwrite=True,
         resume=True,
         seed=3,
@@ -237,6 +238,7 @@ class TestYAML:
         ),
         attack=AttackOptions(
             name="fgsm_rs",
+            args={"n_fgsm": {"noise": 1.5}},
             norm="l2",
             eps=4 / 255,
             steps=1,

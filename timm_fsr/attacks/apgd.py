@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from timm_fsr.attacks.base import Judged, Kept, LossFunction, loss_of
+from timm_fsr.attacks.base import Judged, Kept, LossFunction, loss_of, register_attack
 from timm_fsr.attacks.pgd import PGD
 from timm_fsr.utils.errors import check_images
 
@@ -18,6 +19,7 @@ _MOMENTUM = 0.75
 _FIRST, _SHRINK, _SHORTEST = 0.22, 0.03, 0.06  # lengths of the intervals between checkpoints, in shares of the steps
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class APGD:
     """Auto-PGD, algorithm 1 of the paper: with momentum, and a step that is halved when it has stopped helping.
@@ -33,6 +35,7 @@ class APGD:
         ValueError: an unknown norm, or a number out of range.
     """
 
+    name: ClassVar[str] = "apgd"
     norm: str = "linf"
     eps: float = 8 / 255
     steps: int = 100

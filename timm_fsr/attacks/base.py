@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from timm_fsr.utils.registry import Registry
 
 
 class Judged(NamedTuple):
@@ -70,7 +73,12 @@ class Kept:
 
 
 class Attack(Protocol):
-    """Anything that turns images (N, C, H, W) in [0, 1] into adversarial ones, given a loss to maximise."""
+    """Anything that turns images (N, C, H, W) in [0, 1] into adversarial ones, given a loss to maximise.
+
+    A registered attack is a frozen dataclass, which is its own configuration and its label in reports. It has a class
+    attribute `name`; recipes and evaluations give it the fields `norm`, `eps`, `steps`, `step_size`, `restarts`,
+    `random_start` and `start_noise` as far as it has them, and recipes the others by `attack.args`.
+    """
 
     @property
     def eps(self) -> float:
@@ -81,6 +89,31 @@ class Attack(Protocol):
 
     def with_eps(self, eps: float) -> Attack:
         """The same attack in another ball."""
+
+
+AttackClass = TypeVar("AttackClass", bound=type[Attack])
+
+ATTACKS: Registry[type[Attack]] = Registry("attack", package="timm_fsr.attacks", group="timm_fsr.attacks")
+"""Every single attack by its name; evaluations know suites of several besides."""
+
+
+def register_attack(attack: AttackClass) -> AttackClass:
+    """Class decorator that makes an attack known by its `name`, to train with and to evaluate with.
+
+    An attack with `steps` is evaluated under its name and their number ("walk20"), with `restarts` also "walk20x5". One
+    that leaves the ball has a class attribute `only_trains = True` and is not evaluated with.
+
+    Raises:
+        ValueError: the name is missing, no identifier, or taken by another class.
+    """
+    ATTACKS.add(getattr(attack, "name", ""), attack)
+    return attack
+
+
+def attack_fields(attack: type[Attack]) -> dict[str, Any]:
+    """The keyword arguments of an attack with their defaults (MISSING where there is none)."""
+    fields = dataclasses.fields(attack)  # type: ignore[arg-type]  # a registered attack is a dataclass
+    return {field.name: field.default for field in fields if field.init}
 
 
 def is_one_step(attack: Attack) -> bool:

@@ -20,10 +20,12 @@ from timm_fsr.attacks.base import (
     l2_norms,
     loss_of,
     random_in_ball,
+    register_attack,
 )
 from timm_fsr.utils.errors import check_images
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class PGD:
     """Projected gradient descent (Madry et al., 2018, arXiv 1706.06083): ascends the loss, projects, repeats.
@@ -41,6 +43,7 @@ class PGD:
         ValueError: an unknown norm, or a number out of range.
     """
 
+    name: ClassVar[str] = "pgd"
     norm: str = "linf"
     eps: float = 8 / 255
     steps: int = 10
@@ -138,6 +141,7 @@ class PGD:
         return found if isinstance(found, Judged) else Judged(losses, torch.zeros_like(losses, dtype=torch.bool))
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class FGSM:
     """Fast gradient sign method (Goodfellow et al., 2015, arXiv 1412.6572): one step of eps, no random start.
@@ -150,6 +154,7 @@ class FGSM:
         ValueError: an unknown norm, or an eps out of range.
     """
 
+    name: ClassVar[str] = "fgsm"
     random_start: ClassVar[bool] = False
     norm: str = "linf"
     eps: float = 8 / 255
@@ -169,6 +174,42 @@ class FGSM:
         return PGD(norm=self.norm, eps=self.eps, steps=1, step_size=self.eps or None, random_start=False)
 
 
+@register_attack
+@dataclass(frozen=True, kw_only=True)
+class FGSMRS:
+    """FGSM with a random start (Wong et al., 2020, arXiv 2001.03994): uniform in the ball, one long step, clipped.
+
+    Attributes:
+        norm: "linf" or "l2".
+        eps: radius of the ball, in pixels of [0, 1].
+        step_size: length of the step, in pixels; None means 1.25 * eps.
+
+    Raises:
+        ValueError: an unknown norm, or a number out of range.
+    """
+
+    name: ClassVar[str] = "fgsm_rs"
+    norm: str = "linf"
+    eps: float = 8 / 255
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        self._as_pgd()
+
+    def with_eps(self, eps: float) -> FGSMRS:
+        """The same attack in another ball, with the step in proportion."""
+        return replace(self, eps=eps, step_size=in_proportion(self.step_size, eps, self.eps))
+
+    def __call__(self, loss_fn: LossFunction, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Attack `images`; see `PGD.__call__`."""
+        return self._as_pgd()(loss_fn, images, generator=generator)
+
+    def _as_pgd(self) -> PGD:
+        step_size = self.step_size if self.step_size is not None else 1.25 * self.eps or None
+        return PGD(norm=self.norm, eps=self.eps, steps=1, step_size=step_size)
+
+
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class NFGSM:
     """N-FGSM (de Jorge et al., 2022, arXiv 2202.01181): one step from an image with much noise, unclipped.
@@ -185,6 +226,8 @@ class NFGSM:
         ValueError: a number out of range.
     """
 
+    name: ClassVar[str] = "n_fgsm"
+    only_trains: ClassVar[bool] = True
     eps: float = 8 / 255
     noise: float = 2.0
     step_size: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from timm_fsr.cli.extensions import IMPORT_HELP
 from timm_fsr.data.dataset import ImageData, load_data
 from timm_fsr.data.sources import EMBEDDED
 from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_classes, check_extras
 from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
-from timm_fsr.evaluation.registry import check_names
+from timm_fsr.evaluation.registry import check_names, list_attacks
 from timm_fsr.evaluation.saved_images import rescore
 from timm_fsr.models.saving import load, training_report
 from timm_fsr.reports.report import WORST_CASE, Report
@@ -27,11 +29,12 @@ from timm_fsr.utils.progress import bar
 
 _EVALUATE = """Clean and robust accuracy of a model, and the evidence for it.
 
-Attacks: fgsm, pgd20, pgd100x5 (restarts), cw30, apgd100, official (what the FSR repository tests), standard, plus and
-rand (AutoAttack), apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, adaptive (made for feature layers), transfer. The
-figure that counts is the per-image worst case of all that are given. With --output the outcomes are kept: the same
-command, given again after a kill or with more attacks, goes on where it was. `accelerate launch -m timm_fsr evaluate`
-shares the images over processes."""
+The figure that counts is the per-image worst case of all attacks that are given. With --output the outcomes are kept:
+the same command, given again after a kill or with more attacks, goes on where it was. `accelerate launch -m timm_fsr
+evaluate` shares the images over processes.
+
+Attacks (numbers are steps, "x5" restarts; "standard" is AutoAttack, "official" what the FSR repository tests):
+{attacks}"""
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
@@ -90,8 +93,11 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
 
 def _evaluate_parser() -> argparse.ArgumentParser:
+    attacks = textwrap.fill(", ".join(list_attacks()), 110, initial_indent="  ", subsequent_indent="  ")
     parser = argparse.ArgumentParser(
-        prog="timm-fsr evaluate", description=_EVALUATE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="timm-fsr evaluate",
+        description=_EVALUATE.format(attacks=attacks),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model", help="a folder such as train's OUTPUT/best, or the timm name of a model with weights (hf-hub:)"
@@ -140,6 +146,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         help="common corruptions, 15 in 5 severities, of so many",
     )
+    parser.add_argument("--import", metavar="FILE_OR_MODULE", help=IMPORT_HELP)
     parser.add_argument("--device", type=_device, help=f"cpu, cuda, ... (default {_default_device()})")
     return parser
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from timm_fsr.cli.demo import demo_command
 from timm_fsr.cli.evaluate import evaluate_command
+from timm_fsr.cli.extensions import import_given
 from timm_fsr.cli.hub import card_command, convert_command, models_command, push_command
 from timm_fsr.cli.runs import report_command
 from timm_fsr.cli.train import train_command
@@ -31,14 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="timm-fsr",
         usage="timm-fsr COMMAND ...",
-        description=f"{listing}\n\n`timm-fsr COMMAND --help` tells more.",
+        description=f"{listing}\n\n`timm-fsr COMMAND --help` tells more. `--import FILE_OR_MODULE`, with any command,\n"
+        "imports code of your own that registers layers, objectives or attacks.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"timm_fsr {__version__}")
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help="one of the above")
     command = parser.parse_args(given[:1]).command
     try:
-        _COMMANDS[command][0](given[1:])
+        rest = import_given(given[1:])
+        _COMMANDS[command][0](given[1:] if command == "train" else rest)  # a recipe remembers what it needs
     except InterruptedRunError as stopped:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: {stopped}", markup=False)
         return 143

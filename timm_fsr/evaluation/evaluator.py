@@ -30,9 +30,8 @@ from timm_fsr.evaluation.outcomes import (
     put_together,
     suite_key,
 )
-from timm_fsr.evaluation.registry import Target, build_suites, check_names
+from timm_fsr.evaluation.registry import Stage, Suite, Target, build_suites, check_names
 from timm_fsr.evaluation.saved_images import AttackedBatch, keep_attacked, load_attacked, perturbed, save_attacked
-from timm_fsr.evaluation.stages import Stage, Suite
 from timm_fsr.models.pixel import as_pixel_model, base_model
 from timm_fsr.models.saving import weights_digest
 from timm_fsr.models.weights import model_digest

@@ -16,9 +16,9 @@ from timm_fsr.attacks.autoattack import Component
 from timm_fsr.attacks.base import Attack, LossFunction, attack_mode, input_gradient, judged_loss, random_in_ball
 from timm_fsr.attacks.losses import cross_entropy, dlr, margin
 from timm_fsr.attacks.pgd import PGD
-from timm_fsr.evaluation.adaptive import mean_gradient
 from timm_fsr.evaluation.inference import BATCH_SIZE, as_float, full_precision, predict
 from timm_fsr.evaluation.model_checks import check_attacked, check_model, examine
+from timm_fsr.evaluation.suites.adaptive import mean_gradient
 from timm_fsr.hooks.surrogates import feature_layers, noisy
 from timm_fsr.hooks.tape import record
 from timm_fsr.models.pixel import as_pixel_model

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from timm_fsr.attacks.autoattack import implementation_version
-from timm_fsr.evaluation.registry import AUTOATTACK_SUITES, ENSEMBLE, OFFICIAL
+from timm_fsr.evaluation.registry import ENSEMBLE, OFFICIAL, Suite
 from timm_fsr.evaluation.saved_images import forget_attacked
-from timm_fsr.evaluation.stages import Suite
+from timm_fsr.evaluation.suites.autoattack import AUTOATTACK_SUITES
 from timm_fsr.models.weights import tensor_bytes
 from timm_fsr.reports.report import Report
 from timm_fsr.utils.distributed import from_main
@@ -251,7 +251,7 @@ def put_together(parts: Sequence[Part], norm: str, eps: float, seed: int) -> Rep
         conditions={
             "batch_size": max(len(batch.labels) for batch in batches),
             "autoattack_nonstandard": next((note for note in notes if "non-standard" in note), ""),
-            **({"autoattack": implementation_version()} if set(attacks) & set(AUTOATTACK_SUITES) else {}),
+            **({"autoattack": implementation_version()} if set(attacks) & AUTOATTACK_SUITES.keys() else {}),
         },
     )
 

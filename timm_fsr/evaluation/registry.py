@@ -5,42 +5,65 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.attacks.apgd import APGD
-from timm_fsr.attacks.autoattack import COMPONENTS, VERSIONS, Component, implementation, nonstandard, usable
-from timm_fsr.attacks.autoattack import NORMS as AUTOATTACK_NORMS
-from timm_fsr.attacks.base import Attack, check_eps, judged_loss
-from timm_fsr.attacks.losses import carlini_wagner, cross_entropy
-from timm_fsr.attacks.pgd import FGSM, PGD
-from timm_fsr.evaluation.adaptive import adaptive_stages, transfer_stage
+from timm_fsr.attacks.base import ATTACKS, NORMS, Attack, attack_fields, check_eps, judged_loss
+from timm_fsr.attacks.losses import cross_entropy
 from timm_fsr.evaluation.model_checks import Soundness
-from timm_fsr.evaluation.stages import Stage, Suite
 from timm_fsr.utils.errors import unknown
-
-ALIASES = {"standard": "autoattack"}
-OFFICIAL = ("official-fgsm", "official-pgd20", "official-pgd100", "official-cw30")
-ENSEMBLE = "official-ensemble"
-EXPENSIVE = ("autoattack", "plus", "rand", "adaptive")
-"""Attacks whose result is no longer called an upper bound by a weak attack."""
-
-_EXAMPLES = [
-    "fgsm",
-    "pgd20",
-    "pgd100x5",
-    "apgd100",
-    "cw30",
-    "official",
-    "transfer",
-    *COMPONENTS,
-    "standard",
-    *EXPENSIVE,
-]
-_NUMBERED = re.compile(r"(official-)?(pgd|cw|apgd)([1-9]\d*)(?:x([1-9]\d*))?")
+from timm_fsr.utils.registry import Registry
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
+StageFunction = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+
+_NUMBERED = re.compile(r"(.*?[^0-9])([1-9]\d*)(?:x([1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack on a model.
+
+    Attributes:
+        name: short, unique within its suite.
+        detail: what it does and with which parameters, for the report.
+        run: maps (pixel-space model in eval mode with frozen parameters, images (N, C, H, W) in [0, 1], labels (N,),
+            generator on the images' device) to adversarial images of the same shape, in [0, 1] and in the ball.
+        reuse: take over what the same attack, by name and detail, has done to an image in a suite before this one,
+            instead of repeating it.
+    """
+
+    name: str
+    detail: str
+    run: StageFunction
+    reuse: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a report calls an attack: one stage, or several of which each attacks what those before it left.
+
+    Attributes:
+        name: as asked for, such as "pgd20" or "autoattack".
+        stages: in their order.
+        every_image: attack also images that are wrong already, as papers count single attacks; else only those that
+            are classified correctly so far.
+        note: what a reader has to know about it; "" is nothing.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    every_image: bool = False
+    note: str = ""
+
+    @property
+    def detail(self) -> str:
+        """Every stage written out."""
+        if len(self.stages) == 1:
+            return self.stages[0].detail
+        return "; ".join(f"{stage.name}: {stage.detail}" for stage in self.stages)
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,72 @@ class Target:
     sources: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class SuiteEntry:
+    """A registered suite.
+
+    Attributes:
+        build: makes the suites that a name stands for, given the target and, for a numbered name such as "cw30", its
+            number of steps.
+        check: refuses a norm, an eps (given in this order) or a missing package before anything is loaded.
+        numbered: the name is followed by a number of steps.
+        needs_sources: it transfers attacks from other models, of which there has to be one.
+        norms: of the balls that it knows.
+        about: one line for help texts.
+    """
+
+    build: Callable[..., Sequence[Suite]]
+    check: Callable[..., object]
+    numbered: bool = False
+    needs_sources: bool = False
+    norms: tuple[str, ...] = NORMS
+    about: str = ""
+
+
+SUITES: Registry[SuiteEntry] = Registry(
+    "attack", package="timm_fsr.evaluation.suites", group="timm_fsr.suites", dashes=True
+)
+"""Everything that evaluations call an attack and that is more than one attack on the cross-entropy."""
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "standard": ("autoattack",),
+    "official": ("official-fgsm", "official-pgd20", "official-pgd100", "official-cw30"),
+}
+"""Names that stand for others."""
+
+OFFICIAL = ALIASES["official"]
+ENSEMBLE = "official-ensemble"
+
+
+def register_suite(
+    name: str,
+    *,
+    check: Callable[..., object],
+    numbered: bool = False,
+    needs_sources: bool = False,
+    norms: tuple[str, ...] = NORMS,
+) -> Callable[[Callable[..., Sequence[Suite]]], Callable[..., Sequence[Suite]]]:
+    """Decorator that makes a function known as the builder of the suite `name`; its docstring's first line is its help.
+
+    Args:
+        name: as in `evaluate(attacks=[name])`.
+        check: see `SuiteEntry`, as are the next three.
+        numbered: see there.
+        needs_sources: see there.
+        norms: see there.
+
+    Raises:
+        ValueError: the name is taken by another function.
+    """
+
+    def decorate(build: Callable[..., Sequence[Suite]]) -> Callable[..., Sequence[Suite]]:
+        about = (build.__doc__ or "").strip().partition("\n")[0]
+        SUITES.add(name, SuiteEntry(build, check, numbered, needs_sources, norms, about), definition=build)
+        return build
+
+    return decorate
+
+
 def expand_names(names: Sequence[str]) -> list[str]:
     """The suites that `names` stand for, each once: "standard" is "autoattack", "official" is four attacks.
 
@@ -72,10 +161,7 @@ def expand_names(names: Sequence[str]) -> list[str]:
     """
     if isinstance(names, str):
         raise ValueError(f"attacks={names!r} is one name where a list belongs; use [{names!r}]")
-    expanded: list[str] = []
-    for name in names:
-        expanded += OFFICIAL if name == "official" else [ALIASES.get(name, name)]
-    return list(dict.fromkeys(expanded))
+    return list(dict.fromkeys(known for name in names for known in ALIASES.get(name, (name,))))
 
 
 def check_names(names: Sequence[str], norm: str, eps: float, *, sources: bool = True) -> None:
@@ -93,17 +179,15 @@ def check_names(names: Sequence[str], norm: str, eps: float, *, sources: bool = 
     """
     check_eps(norm, eps)
     for name in expand_names(names):
-        if name in AUTOATTACK_SUITES:
-            for component in AUTOATTACK_SUITES[name][1]:
-                Component(component, norm, eps, 0)
-        elif name in ("adaptive", "transfer"):
-            APGD(norm=norm, eps=eps)
-            if name == "adaptive":
-                implementation()
-            elif not sources:
-                raise ValueError("the attack 'transfer' needs other models to transfer from; name some")
-        else:
-            _plain(name, norm, eps)
+        entry, steps = _find(name)
+        if entry is None:
+            build_attack(name, norm, eps)
+            continue
+        if norm not in entry.norms:
+            _refuse_norm(name, norm)
+        entry.check(norm, eps, *steps)
+        if entry.needs_sources and not sources:
+            raise ValueError(f"the attack {name!r} needs other models to transfer from; name some")
 
 
 def build_suites(names: Sequence[str], target: Target) -> list[Suite]:
@@ -115,78 +199,75 @@ def build_suites(names: Sequence[str], target: Target) -> list[Suite]:
     check_names(names, target.norm, target.eps, sources=bool(target.sources))
     suites: list[Suite] = []
     for name in expand_names(names):
-        if name in AUTOATTACK_SUITES:
-            suites.append(_autoattack(name, target))
-        elif name == "adaptive":
-            suites.append(Suite(name, _adaptive(target)))
-        elif name == "transfer":
-            attack = APGD(norm=target.norm, eps=target.eps)
-            stages = [transfer_stage(key, source, attack) for key, source in target.sources.items()]
-            suites += [Suite(stage.name, (stage,), every_image=True) for stage in stages]
+        entry, steps = _find(name)
+        if entry is None:
+            suites.append(single(name, build_attack(name, target.norm, target.eps)))
         else:
-            attack_, loss, detail = _plain(name, target.norm, target.eps)
-            suites.append(Suite(name, (Stage(name, detail, _run(attack_, loss)),), every_image=True))
+            suites += entry.build(target, *steps)
     return suites
 
 
-AUTOATTACK_SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "autoattack": ("standard", VERSIONS["standard"]),
-    **{version: (version, VERSIONS[version]) for version in ("plus", "rand")},
-    **{component: ("standard", (component,)) for component in COMPONENTS},
-}
-"""AutoAttack's version and components by suite name."""
+def single(name: str, attack: Attack, loss: ImageLoss = cross_entropy) -> Suite:
+    """A suite of one attack that maximises `loss`, and attacks every image as papers count it."""
+    detail = repr(attack) if loss is cross_entropy else f"{attack!r} on the loss {loss.__name__}"
 
-
-def _plain(name: str, norm: str, eps: float) -> tuple[Attack, ImageLoss, str]:
-    """A single attack, its loss, and both written out."""
-    if norm == "l1" and norm in AUTOATTACK_NORMS:
-        raise ValueError(f"{name!r} has no L1 ball; use AutoAttack ('standard') with norm='l1', or linf or l2")
-    if name in ("fgsm", "official-fgsm"):
-        return _described(FGSM(norm=norm, eps=eps), cross_entropy)
-    found = _NUMBERED.fullmatch(name)
-    if found is None or (found[1] and name not in OFFICIAL) or (found[4] and found[2] == "cw"):
-        raise ValueError(unknown("attack", name, _EXAMPLES))
-    kind, steps, restarts = found[2], int(found[3]), int(found[4] or 1)
-    if kind == "apgd":
-        return _described(APGD(norm=norm, eps=eps, steps=steps, restarts=restarts), cross_entropy)
-    if found[1] or kind == "cw":  # as the official FSR code tests
-        attack = PGD(norm=norm, eps=eps, steps=steps, step_size=0.1 * eps or None, random_start=False)
-        return _described(attack, carlini_wagner if kind == "cw" else cross_entropy)
-    return _described(PGD(norm=norm, eps=eps, steps=steps, restarts=restarts), cross_entropy)
-
-
-def _described(attack: Attack, loss: ImageLoss) -> tuple[Attack, ImageLoss, str]:
-    return attack, loss, repr(attack) if loss is cross_entropy else f"{attack!r} on the loss {loss.__name__}"
-
-
-def _run(attack: Attack, loss: ImageLoss) -> Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]:
     def run(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         return attack(judged_loss(model, loss, labels), images, generator=generator)
 
-    return run
+    return Suite(name, (Stage(name, detail, run),), every_image=True)
 
 
-def _autoattack(name: str, target: Target) -> Suite:
-    version, components = AUTOATTACK_SUITES[name]
-    classes = target.soundness.num_classes
-    if not any(usable(component, classes) for component in components):
-        raise ValueError(f"the attack {name!r} needs more than the model's {classes} classes; use another")
-    stages = [_component(Component(c, target.norm, target.eps, target.seed, version), classes) for c in components]
-    kept = tuple(stage for stage in stages if usable(stage.name, classes))
-    note = nonstandard(components, classes)
-    return Suite(name, kept, note=f"{name}: {note}" if note else "")
+def build_attack(name: str, norm: str, eps: float) -> Attack:
+    """The registered attack called `name`: "fgsm", "pgd20" (its steps), "pgd20x5" (and restarts).
+
+    Raises:
+        ValueError: an unknown name (the message names the nearest), or a norm that the attack does not have.
+    """
+    base, steps, restarts = _split(name)
+    given = {"steps": steps, "restarts": restarts}
+    cls = ATTACKS[base] if base in ATTACKS and not getattr(ATTACKS[base], "only_trains", False) else None
+    known = attack_fields(cls) if cls else {}
+    wrong = [key for key, value in given.items() if value is not None and key not in known]
+    if cls is None or wrong or (steps is None and "steps" in known):
+        raise ValueError(unknown("attack", name, list_attacks()))
+    if norm not in (NORMS if "norm" in known else NORMS[:1]):
+        _refuse_norm(name, norm)
+    values = {"norm": norm, "eps": eps, **{key: value for key, value in given.items() if value is not None}}
+    return cls(**{key: value for key, value in values.items() if key in known})
 
 
-def _component(component: Component, classes: int) -> Stage:
-    return Stage(component.name, repr(component), lambda m, x, y, _: component(m, x, y, classes))
+def list_attacks() -> list[str]:
+    """Names that evaluations take, those of installed plug-ins among them; numbers in them are examples."""
+    numbered = {"pgd": ("pgd20", "pgd100x5"), "apgd": ("apgd100",), "cw": ("cw30",)}
+    names: list[str] = []
+    for name in ATTACKS.names():
+        if not getattr(ATTACKS[name], "only_trains", False):
+            names += numbered.get(name, (f"{name}20",)) if "steps" in attack_fields(ATTACKS[name]) else (name,)
+    for name in SUITES.names():
+        names += numbered.get(name, (f"{name}20",)) if SUITES[name].numbered else (name,)
+    return [*names, *ALIASES]
 
 
-def _adaptive(target: Target) -> tuple[Stage, ...]:
-    return adaptive_stages(
-        target.model,
-        norm=target.norm,
-        eps=target.eps,
-        seed=target.seed,
-        soundness=target.soundness,
-        sources=target.sources,
-    )
+def _refuse_norm(name: str, norm: str) -> NoReturn:
+    if norm == "l1":
+        raise ValueError(f"{name!r} has no L1 ball; use AutoAttack ('standard') with norm='l1', or linf or l2")
+    raise ValueError(f"{name!r} has no ball of norm={norm!r}; use 'linf', or 'l2' where the attack has it")
+
+
+def _find(name: str) -> tuple[SuiteEntry | None, tuple[int, ...]]:
+    """The registered suite called `name` with its number of steps, if it has one; None if it is a single attack."""
+    if name in SUITES:
+        entry = SUITES[name]
+        return (None, ()) if entry.numbered else (entry, ())
+    base, steps, restarts = _split(name)
+    if steps is not None and restarts is None and base in SUITES and SUITES[base].numbered:
+        return SUITES[base], (steps,)
+    return None, ()
+
+
+def _split(name: str) -> tuple[str, int | None, int | None]:
+    """The attack's name, steps and restarts: ("pgd", 20, 5) of "pgd20x5"; a registered name is taken as it is."""
+    found = None if name in ATTACKS else _NUMBERED.fullmatch(name)
+    if found is None:
+        return name, None, None
+    return found[1], int(found[2]), int(found[3]) if found[3] else None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from timm_fsr.utils.errors import unknown
+from timm_fsr.utils.registry import Registry
 
 Aux = dict[str, Tensor]
 
@@ -80,28 +81,24 @@ class FeatureLayer(nn.Module):
 
 
 LayerClass = TypeVar("LayerClass", bound=type[FeatureLayer])
-_LAYERS: dict[str, type[FeatureLayer]] = {}
+
+LAYERS: Registry[type[FeatureLayer]] = Registry("feature layer", package="timm_fsr.layers", group="timm_fsr.layers")
+"""Every feature layer by its name."""
 
 
 def register_layer(layer: LayerClass) -> LayerClass:
-    """Class decorator that makes a feature layer known by its `name`.
+    """Class decorator that makes a feature layer known by its `name`, and gives timm its variants.
 
     Raises:
         ValueError: the name is missing, no identifier, or taken by another class.
     """
-    name = getattr(layer, "name", None)
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"{layer.__name__}.name is {name!r}; give the class a `name` that is an identifier")
-    known = _LAYERS.get(name)
-    if known is not None and known.__qualname__ != layer.__qualname__:
-        raise ValueError(f"a feature layer named {name!r} is registered already ({known.__qualname__}); choose another")
-    _LAYERS[name] = layer
+    LAYERS.add(getattr(layer, "name", ""), layer)
     return layer
 
 
 def list_layers() -> list[str]:
-    """Names of the registered feature layers, sorted."""
-    return sorted(_LAYERS)
+    """Names of the registered feature layers, sorted; those of installed plug-ins are among them."""
+    return LAYERS.names()
 
 
 def layer_class(name: str) -> type[FeatureLayer]:
@@ -110,9 +107,7 @@ def layer_class(name: str) -> type[FeatureLayer]:
     Raises:
         ValueError: no such layer; the message names the nearest.
     """
-    if name not in _LAYERS:
-        raise ValueError(unknown("feature layer", name, list_layers()))
-    return _LAYERS[name]
+    return LAYERS[name]
 
 
 def layer_defaults(layer: type[FeatureLayer]) -> dict[str, Any]:

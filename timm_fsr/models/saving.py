@@ -21,7 +21,7 @@ from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
 from torch import Tensor, nn
 
 from timm_fsr.hooks.site import layer_groups
-from timm_fsr.layers import list_layers
+from timm_fsr.layers import LAYERS, list_layers
 from timm_fsr.models.pixel import base_model
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT, list_pretrained
 from timm_fsr.models.weights import (
@@ -85,7 +85,8 @@ def save_pretrained(
         with staged(folder) as scratch:
             tensors = _plain_tensors(model)
             save_file(tensors if dtype is None else halved(tensors, dtype), scratch / WEIGHTS)
-            record = make_record(scratch / WEIGHTS, None if dtype is None else str(dtype).removeprefix("torch."))
+            stored = None if dtype is None else str(dtype).removeprefix("torch.")
+            record = make_record(scratch / WEIGHTS, stored, _imports(model))
             save_config_for_hf(model, str(scratch / CONFIG), model_config={RECORD: record})
             shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
             if report is not None:
@@ -241,6 +242,13 @@ def _check_config(path: Path, source: str | None = None) -> None:
 def _remedy(config: Mapping[str, Any]) -> str:
     """What may be missing where an architecture is unknown."""
     base, _, layer = str(config["architecture"]).rpartition("_")
+    needed = config.get(RECORD, {}).get("imports")
+    if needed:
+        flags = " ".join(f"--import {source}" for source in needed)
+        return (
+            f"the model was saved with a layer that {' and '.join(map(str, needed))} registers: import that first (on "
+            f"the command line add {flags})"
+        )
     if timm.is_model(base):
         return (
             f"timm_fsr {__version__} knows no feature layer {layer!r} (it has {', '.join(list_layers())}): import the "
@@ -278,6 +286,12 @@ def _check_rebuildable(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be rebuilt from a checkpoint: {architecture!r} is no registered timm "
             "model; create the model by timm.create_model, with one kind of feature layer"
         )
+
+
+def _imports(model: nn.Module) -> list[str]:
+    """What registers the model's layer, where it does not come with timm_fsr; a file by its name alone."""
+    origins = [LAYERS.origin(site.layer.name) for group in layer_groups(model) for site in group.sites]
+    return list(dict.fromkeys(Path(origin).name for origin in origins if origin))
 
 
 def _is_card(path: Path) -> bool:

@@ -22,7 +22,7 @@ from torch import nn
 from timm_fsr.hooks.attach import attach
 from timm_fsr.hooks.placement import At
 from timm_fsr.hooks.site import LayerGroup, layer_groups
-from timm_fsr.layers import layer_class, list_layers
+from timm_fsr.layers import LAYERS, layer_class
 from timm_fsr.layers.base import check_layer_args
 from timm_fsr.models import cifar as _cifar  # noqa: F401  (registers the CIFAR-size networks)
 from timm_fsr.models.pretrained import TAGS, Pretrained, embedded_pretrained, list_pretrained, read_pretrained
@@ -32,7 +32,7 @@ __all__: list[str] = []  # timm's registry adds every entrypoint
 default_cfgs: dict[str, DefaultCfg] = {}
 
 # Layers that get a variant of every architecture.
-VARIANT_LAYERS = tuple(list_layers())
+VARIANT_LAYERS = tuple(LAYERS.own_names())
 
 # Architectures that get no variant, and why (benchmarks/architectures.py finds them).
 UNSUPPORTED: dict[str, str] = dict.fromkeys(
@@ -58,8 +58,7 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 def register_variants(layers: Sequence[str] = VARIANT_LAYERS) -> None:
     """Register `<architecture>_<layer>` in timm for each supported architecture; twice does nothing new.
 
-    Importing this package does it for the layers that come with it. A model with a layer of your own can be saved and
-    reloaded once its variants are registered.
+    Importing this package does it for the layers that come with it, `register_layer` for a layer of your own.
 
     Args:
         layers: names of feature layers; they have to be registered only when such a model is built.
@@ -326,6 +325,7 @@ def _features(
 
 
 register_variants()
+LAYERS.observe(lambda name: register_variants((name,)))
 
 
 for _entry in embedded_pretrained():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,19 @@ FORMAT = 2
 """Of `config.json`; 1 had no checksum, and no number either."""
 
 
-def make_record(weights: Path, dtype: str | None = None) -> dict[str, Any]:
-    """What is noted about saved weights: their checksum and size, and the versions that a reader may need.
+def make_record(weights: Path, dtype: str | None = None, imports: Sequence[str] = ()) -> dict[str, Any]:
+    """What is noted about saved weights: their checksum and size, and what a reader may need.
 
     Args:
         weights: the file.
         dtype: in which matrices and kernels are stored, if not in the model's own: "float16", "bfloat16".
+        imports: files or modules that register what the model is made of, where timm_fsr does not have it.
     """
     return {
         "format": FORMAT,
         "sha256": file_digest(weights),
         **({"dtype": dtype} if dtype else {}),
+        **({"imports": list(imports)} if imports else {}),
         "bytes": weights.stat().st_size,
         "version": __version__,
         "timm": timm.__version__,

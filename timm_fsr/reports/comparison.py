@@ -12,6 +12,7 @@ from timm_fsr.reports.report import WORST_CASE, Report
 # None of it touches the arithmetic of training.
 FREE = (
     "output",
+    "imports",
     "overwrite",
     "resume",
     "trackers",
@@ -22,6 +23,8 @@ FREE = (
     "evaluation.attacks",
     "optim.nonfinite",
 )
+# Keys that older recipes lack, with what they meant without them.
+IMPLICIT: dict[str, Any] = {"attack.args": {}}
 _LAYER = ("model.layer", "model.layer_args", "model.at")
 
 STRONG = ("autoattack", "plus", "rand", "adaptive")
@@ -65,6 +68,8 @@ def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for section, value in recipe.items():
         inner = value if isinstance(value, Mapping) else {"": value}
         flat |= {f"{section}.{key}".removesuffix("."): entry for key, entry in inner.items()}
+    if "attack" in recipe:
+        flat = {**IMPLICIT, **flat}
     if "model.name" in flat:
         flat["model.name"] = _split(str(flat["model.name"]))[0]
     return {key: value for key, value in flat.items() if not is_free(key) and key not in _LAYER}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import timm
 import torch
@@ -18,8 +18,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRSchedu
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from timm_fsr.attacks.base import Attack
-from timm_fsr.attacks.pgd import FGSM, NFGSM, PGD
+from timm_fsr.attacks.base import ATTACKS, Attack, attack_fields
 from timm_fsr.data.augment import Augmentation, ResizedCrop
 from timm_fsr.data.dataset import ImageData, load_data
 from timm_fsr.data.streaming import Images, stream_data
@@ -32,6 +31,8 @@ from timm_fsr.training.objectives import OBJECTIVES
 from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.parsing import Number
 from timm_fsr.utils.errors import unknown
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,19 +280,21 @@ class AttackOptions:
     """The attack that training images are made with, and the threat model of validation and evaluation.
 
     Attributes:
-        name: "pgd", or with one step: "fgsm", "fgsm_rs" (Wong et al., 2020: uniform start, step 1.25 * eps, clipped to
-            the ball) or "n_fgsm" (de Jorge et al., 2022: noise of 2 * eps, step eps, not clipped).
+        name: a registered attack, such as "pgd", or with one step: "fgsm", "fgsm_rs" (Wong et al., 2020: uniform
+            start, step 1.25 * eps, clipped to the ball) or "n_fgsm" (de Jorge et al., 2022: noise of 2 * eps, step
+            eps, not clipped).
         norm: "linf" or "l2".
         eps: radius in pixels of [0, 1]; fractions such as 8/255 may be written so.
-        steps: gradient steps; null means 10 for "pgd" and 1 for the others, which take no other number.
-        step_size: null means 2.5 * eps / steps for "pgd", and the step named above for the others.
+        steps: gradient steps; null means the attack's own number (10 for "pgd"), one-step attacks take no other.
+        step_size: null means the attack's own: 2.5 * eps / steps for "pgd", the step named above for the others.
         random_start: of "pgd": begin at a random point of the ball.
         start_noise: of "pgd": standard deviation of a Gaussian start in place of the uniform one; TRADES and MART
             used 0.001.
         warmup_epochs: epochs over which the training eps rises from 0; validation always uses the full one.
+        args: further keyword arguments of each attack by its name: {n_fgsm: {noise: 1.5}}.
     """
 
-    name: Literal["pgd", "fgsm", "fgsm_rs", "n_fgsm"] = "pgd"
+    name: str = "pgd"
     norm: str = "linf"
     eps: Number = 8 / 255
     steps: int | None = None
@@ -299,6 +302,7 @@ class AttackOptions:
     random_start: bool = True
     start_noise: Number | None = None
     warmup_epochs: Number = 0.0
+    args: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ValueError for a number out of range or a key that the named attack has no use for."""
@@ -307,52 +311,38 @@ class AttackOptions:
             raise ValueError(f"attack.warmup_epochs={self.warmup_epochs} must be 0 or more")
 
     def build(self) -> Attack:
-        """The attack at full eps."""
-        if self.name not in _ATTACKS:
-            raise ValueError(unknown("attack.name", self.name, sorted(_ATTACKS)))
-        if self.name != "pgd":
-            self._check_one_step()
-        return _ATTACKS[self.name](self)
+        """The attack at full eps.
+
+        Raises:
+            ValueError: an unknown name or argument, also of an attack that is not used, or a key that the attack has
+                no use for.
+        """
+        for name, args in self.args.items():
+            _check_args("attack", "{n_fgsm: {noise: 1.5}}", name, args, ATTACKS[name], _COMMON_ATTACK_KEYS)
+            _build("attack", ATTACKS[name], name, args)
+        if self.name not in ATTACKS:
+            raise ValueError(unknown("attack.name", self.name, ATTACKS.names()))
+        cls = ATTACKS[self.name]
+        given = {key: value for key in _COMMON_ATTACK_KEYS if (value := getattr(self, key)) is not None}
+        fields = attack_fields(cls)
+        for key in [key for key in given if key not in fields]:
+            default = getattr(AttackOptions, key)
+            if given.pop(key) not in (default, 1 if key == "steps" else default):
+                written = json.dumps(default).strip('"')
+                kind = "attack" if "steps" in fields else "one-step attack"
+                raise ValueError(
+                    f"attack.{key}={getattr(self, key)} has no meaning for the {kind} {self.name!r}; leave it out, or "
+                    f"over a recipe that has it: --attack.{key}={written}"
+                )
+        return _build("attack", cls, self.name, {**given, **self.args.get(self.name, {})})
 
     def eps_at(self, epoch: float) -> float:
         """The training eps at a point of the run, in epochs since its start."""
         return self.eps * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else self.eps
 
-    def _check_one_step(self) -> None:
-        unused = {"start_noise": self.start_noise is not None, "random_start": not self.random_start}
-        unused["steps"] = self.steps not in (None, 1)
-        unused["step_size"] = self.name == "fgsm" and self.step_size is not None
-        unused["norm"] = self.name == "n_fgsm" and self.norm != "linf"
-        for key in (key for key, given in unused.items() if given):
-            default = json.dumps(getattr(AttackOptions, key)).strip('"')
-            raise ValueError(
-                f"attack.{key}={getattr(self, key)} has no meaning for the one-step attack {self.name!r}; leave it "
-                f"out, or over a recipe that has it: --attack.{key}={default}"
-            )
 
-
-def _pgd(options: AttackOptions) -> PGD:
-    return PGD(
-        norm=options.norm,
-        eps=options.eps,
-        steps=10 if options.steps is None else options.steps,
-        step_size=options.step_size,
-        random_start=options.random_start,
-        start_noise=options.start_noise,
-    )
-
-
-def _fgsm_rs(options: AttackOptions) -> PGD:
-    step_size = options.step_size if options.step_size is not None else 1.25 * options.eps or None
-    return PGD(norm=options.norm, eps=options.eps, steps=1, step_size=step_size)
-
-
-_ATTACKS: dict[str, Callable[[AttackOptions], Attack]] = {
-    "pgd": _pgd,
-    "fgsm": lambda options: FGSM(norm=options.norm, eps=options.eps),
-    "fgsm_rs": _fgsm_rs,
-    "n_fgsm": lambda options: NFGSM(eps=options.eps, step_size=options.step_size),
-}
+# Keys of `AttackOptions` that many attacks have; an attack is given those that it knows.
+_COMMON_ATTACK_KEYS = ("norm", "eps", "steps", "step_size", "random_start", "start_noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,8 +350,8 @@ class ObjectiveOptions:
     """The training method.
 
     Attributes:
-        name: "at", "trades", "mart", "natural", or "afd", which fine-tunes with the feature layer of that name; this
-            line alone decides which is trained by.
+        name: a registered objective: "at", "trades", "mart", "natural", or "afd", which fine-tunes with the feature
+            layer of that name. This line alone decides what is trained by.
         args: keyword arguments of each objective by its name: {trades: {beta: 6}, at: {label_smoothing: 0.1}}.
     """
 
@@ -375,26 +365,30 @@ class ObjectiveOptions:
             ValueError: an unknown name or argument, also of an objective that is not used.
         """
         for name, args in self.args.items():
-            _objective(name, args)
-        return _objective(self.name, self.args.get(self.name, {}))
+            _check_args("objective", "{trades: {beta: 6}}", name, args, OBJECTIVES[name])
+            _build("objective", OBJECTIVES[name], name, args)
+        return _build("objective", OBJECTIVES[self.name], self.name, self.args.get(self.name, {}))
 
 
-def _objective(name: str, args: Any) -> Objective:
-    if name not in OBJECTIVES:
-        raise ValueError(unknown("objective", name, sorted(OBJECTIVES)))
+def _check_args(kind: str, example: str, name: str, args: Any, cls: type, without: Sequence[str] = ()) -> None:
+    """Refuse arguments that the dataclass `cls` does not have, or that have recipe keys of their own (`without`)."""
     if not isinstance(args, dict):
         raise ValueError(
-            f"objective.args.{name} is {args!r}; write arguments by the name of their objective, such as "
-            "args: {trades: {beta: 6}}"
+            f"{kind}.args.{name} is {args!r}; write arguments by the name of their {kind}, such as args: {example}"
         )
-    known = [entry.name for entry in dataclasses.fields(OBJECTIVES[name]) if entry.init]
+    known = [entry.name for entry in dataclasses.fields(cls) if entry.init]
     for key in args:
+        if key in without:
+            raise ValueError(f"{kind}.args.{name}.{key} has a key of its own; write {kind}.{key}")
         if key not in known:
-            raise ValueError(unknown(f"argument of the objective {name!r}", key, known))
+            raise ValueError(unknown(f"argument of the {kind} {name!r}", key, [k for k in known if k not in without]))
+
+
+def _build(kind: str, cls: type[Built], name: str, args: Mapping[str, Any]) -> Built:
     try:
-        return OBJECTIVES[name](**args)
+        return cls(**args)
     except TypeError as error:
-        raise ValueError(f"objective.args.{name}={args} has a value of another type ({error}); correct it") from error
+        raise ValueError(f"{kind}.args.{name}={args} has a value of another type ({error}); correct it") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,7 +515,8 @@ class EvaluationOptions:
 
     Attributes:
         attacks: of the final evaluation on the test images, see `timm_fsr.evaluate`; [] leaves it out.
-        validation_attack: "pgd" or "apgd", which needs no step size and is a little stronger at equal steps.
+        validation_attack: a registered attack that has steps: "pgd", or "apgd", which needs no step size and is a
+            little stronger at equal steps.
         validation_steps: its steps.
         validate_every: epochs between validations; the last epoch is always validated.
         patience: stop after so many validations without a better checkpoint; null trains to the end.
@@ -530,7 +525,7 @@ class EvaluationOptions:
     """
 
     attacks: list[str] = field(default_factory=lambda: ["fgsm", "pgd20"])
-    validation_attack: Literal["pgd", "apgd"] = "pgd"
+    validation_attack: str = "pgd"
     validation_steps: int = 10
     validate_every: int = 1
     patience: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 
-from timm_fsr.evaluation.registry import check_names
+from timm_fsr.attacks.base import ATTACKS
+from timm_fsr.evaluation.registry import check_names, list_attacks
+from timm_fsr.layers import LAYERS
+from timm_fsr.training.objectives import OBJECTIVES
 from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.options import (
     AttackOptions,
@@ -23,6 +27,7 @@ from timm_fsr.training.options import (
 )
 from timm_fsr.training.parsing import options_parser, read_options, write_options
 from timm_fsr.utils.errors import unknown
+from timm_fsr.utils.registry import import_extension
 
 __all__ = [
     "AttackOptions",
@@ -45,6 +50,8 @@ class Recipe:
     Attributes:
         output: folder of the results: `best/` and `last/` (models), `checkpoints/` (to resume from),
             `metrics.jsonl`, `recipe.yaml`, `report.json`, `training.png`, and `trackers/` if there are any.
+        imports: Python files or modules that register layers, objectives or attacks of your own; they are imported
+            before anything else. `--import FILE_OR_MODULE` adds one.
         overwrite: replace a run that `output` holds already; else that is an error.
         resume: go on with the run that `output` holds, from its newest checkpoint; start anew if there is none.
         seed: decides weights, order, augmentation, attacks and noise.
@@ -67,6 +74,7 @@ class Recipe:
     """
 
     output: str = "runs/latest"
+    imports: list[str] = field(default_factory=list)
     overwrite: bool = False
     resume: bool = False
     seed: int = 0
@@ -102,6 +110,8 @@ class Recipe:
 
     def check(self) -> None:
         """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""
+        for source in self.imports:
+            import_extension(source)
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; leave one of them out")
         for options in (self.data, self.attack, self.optim, self.evaluation, self.checkpoint):
@@ -146,9 +156,20 @@ class Recipe:
 
 def recipe_parser() -> ArgumentParser:
     """The parser behind `timm-fsr train`: --config, and one flag per recipe key."""
-    return options_parser(Recipe, prog="timm-fsr train", description="Train a model by a recipe.")
+    parser = options_parser(Recipe, prog="timm-fsr train", description="Train a model by a recipe.")
+    known = {
+        "model.layer": LAYERS.names(),
+        "objective.name": OBJECTIVES.names(),
+        "attack.name": ATTACKS.names(),
+        "evaluation.attacks": list_attacks(),
+    }
+    for action in parser._actions:
+        if action.dest in known:
+            action.help = f"{action.help} Known: {', '.join(known[action.dest])}."
+    return parser
 
 
 def parse_arguments(arguments: Sequence[str]) -> Recipe:
     """A recipe from command-line arguments; the errors are those of `Recipe.load`."""
-    return read_options(Recipe, arguments, recipe_parser())
+    renamed = [re.sub(r"^--import(?=$|=)", "--imports+", argument) for argument in arguments]
+    return read_options(Recipe, renamed, recipe_parser())

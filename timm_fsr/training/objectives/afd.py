@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from timm_fsr.attacks.base import Attack
 from timm_fsr.hooks.surrogates import feature_layers
 from timm_fsr.hooks.tape import Tape, record
-from timm_fsr.training.objectives.base import LossTerms, Objective, check_weight, unwrapped
+from timm_fsr.training.objectives.base import LossTerms, Objective, check_weight, register_objective, unwrapped
 
 
+@register_objective
 @dataclass(frozen=True, kw_only=True)
 class AFD(Objective):
     """Adversarial fine-tuning via disentanglement (Zhou et al., AAAI 2025, arXiv 2401.14707).
@@ -31,6 +32,7 @@ class AFD(Objective):
         alignment: weight of the alignment with the teacher (gamma, 25 in the paper for ResNet-18 on CIFAR-10).
     """
 
+    name: ClassVar[str] = "afd"
     layer: ClassVar[str | None] = "afd"
     fine_tunes: ClassVar[bool] = True
     alignment: float = 25.0

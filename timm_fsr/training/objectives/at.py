@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from timm_fsr.attacks.base import Attack
-from timm_fsr.training.objectives.base import LossTerms, Objective, check_weight, unwrapped
+from timm_fsr.training.objectives.base import LossTerms, Objective, check_weight, register_objective, unwrapped
 from timm_fsr.training.objectives.passes import forward, gradient_misalignment
 
 
+@register_objective
 @dataclass(frozen=True, kw_only=True)
 class AT(Objective):
     """Adversarial training (Madry et al., 2018, arXiv 1706.06083): cross-entropy on adversarial images.
@@ -25,6 +27,7 @@ class AT(Objective):
             are of the model in eval mode, as the attack's are; the original takes those in training mode.
     """
 
+    name: ClassVar[str] = "at"
     grad_align: float = 0.0
 
     def __post_init__(self) -> None:

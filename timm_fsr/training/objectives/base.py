@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_fsr.attacks.base import Attack, LossFunction, attack_mode
 from timm_fsr.training.objectives.passes import attack_loss
 from timm_fsr.utils.errors import check_images
+from timm_fsr.utils.registry import Registry
 
 Method = TypeVar("Method", bound="Objective")
 
@@ -35,17 +36,19 @@ class LossTerms(dict[str, Tensor]):
 class Objective:
     """A training method: crafts adversarial images, and names what to minimise.
 
-    A subclass defines `terms`, and `attack_loss` where it is not the cross-entropy. The auxiliary terms of feature
-    layers ("fsr.separation", ...) are added on adversarial images, as the FSR paper does (equation 8, where the
-    classification loss is that of any adversarial training).
+    A subclass is a frozen dataclass with a `name`. It defines `terms`, and `attack_loss` where that is not the
+    cross-entropy. The auxiliary terms of feature layers ("fsr.separation", ...) are added on adversarial images, as the
+    FSR paper does (equation 8, where the classification loss is that of any adversarial training).
 
     Attributes:
+        name: registry name, as in a recipe's `objective.name`.
         label_smoothing: in [0, 1), of the main cross-entropy of the training loss only.
         layer: name of the feature layer that the method cannot do without, if any.
         fine_tunes: the method starts from a trained model.
         teacher: a frozen model that the method learns from, if any; `begin` makes it.
     """
 
+    name: ClassVar[str]
     layer: ClassVar[str | None] = None
     fine_tunes: ClassVar[bool] = False
     label_smoothing: float = 0.0
@@ -132,6 +135,24 @@ class Objective:
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective", package="timm_fsr.training.objectives", group="timm_fsr.objectives"
+)
+"""Every training objective by its name."""
+
+ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
+
+
+def register_objective(objective: ObjectiveClass) -> ObjectiveClass:
+    """Class decorator that makes a training objective known by its `name`.
+
+    Raises:
+        ValueError: the name is missing, no identifier, or taken by another class.
+    """
+    OBJECTIVES.add(getattr(objective, "name", ""), objective)
+    return objective
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

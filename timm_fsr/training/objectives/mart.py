@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fsr.attacks.base import Attack
-from timm_fsr.training.objectives.base import LossTerms, Objective, check_weight
+from timm_fsr.training.objectives.base import LossTerms, Objective, check_weight, register_objective
 from timm_fsr.training.objectives.passes import divergence, joint_forward
 
 
+@register_objective
 @dataclass(frozen=True, kw_only=True)
 class MART(Objective):
     """MART (Wang et al., 2020, ICLR, equation 11): boosted cross-entropy + beta * KL weighted by 1 - p(label | clean).
@@ -23,6 +25,7 @@ class MART(Objective):
         beta: weight of the divergence (5 in the paper).
     """
 
+    name: ClassVar[str] = "mart"
     beta: float = 5.0
 
     def __post_init__(self) -> None:

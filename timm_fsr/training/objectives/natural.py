@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from timm_fsr.attacks.base import Attack
-from timm_fsr.training.objectives.base import LossTerms, Objective
+from timm_fsr.training.objectives.base import LossTerms, Objective, register_objective
 from timm_fsr.training.objectives.passes import forward
 
 
+@register_objective
 @dataclass(frozen=True, kw_only=True)
 class Natural(Objective):
     """Training on clean images: cross-entropy, and the feature layers' auxiliary terms on them."""
+
+    name: ClassVar[str] = "natural"
 
     @property
     def attacks(self) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from timm_fsr.attacks.base import Attack, LossFunction
 from timm_fsr.hooks.tape import record
-from timm_fsr.training.objectives.base import LossTerms, Objective, check_weight
+from timm_fsr.training.objectives.base import LossTerms, Objective, check_weight, register_objective
 from timm_fsr.training.objectives.natural import Natural
 from timm_fsr.training.objectives.passes import attack_loss, divergence, joins_attacks, joint_forward
 
 
+@register_objective
 @dataclass(frozen=True, kw_only=True)
 class TRADES(Objective):
     """TRADES (Zhang et al., 2019, arXiv 1901.08573, equation 5): natural cross-entropy + beta * KL(clean || attacked).
@@ -27,6 +29,7 @@ class TRADES(Objective):
         beta: weight of the divergence (6 in the paper). 0 is natural training: nothing is attacked.
     """
 
+    name: ClassVar[str] = "trades"
     beta: float = 6.0
 
     def __post_init__(self) -> None:

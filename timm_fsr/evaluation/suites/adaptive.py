@@ -6,7 +6,7 @@ itself likes least. Their per-image worst case is what a robust accuracy has to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from timm_fsr.attacks.apgd import APGD
-from timm_fsr.attacks.autoattack import Component
+from timm_fsr.attacks.autoattack import Component, implementation
 from timm_fsr.attacks.base import LossFunction, anchored, input_gradient
 from timm_fsr.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
 from timm_fsr.evaluation.model_checks import Soundness
-from timm_fsr.evaluation.stages import Stage, StageFunction
+from timm_fsr.evaluation.registry import Stage, StageFunction, Suite, Target, register_suite
 from timm_fsr.hooks.placement import find_places
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.hooks.surrogates import feature_layers, list_surrogates, noisy, plain, surrogate
@@ -111,6 +111,33 @@ def transfer_stage(
         f"{attack!r} by the gradient of {name} (digest {model_digest(source)[:8]})"  # other weights: other outcomes
     )
     return Stage(f"transfer from {name}", detail, partial(_steered, attack, steer))
+
+
+def _check_adaptive(norm: str, eps: float) -> None:
+    APGD(norm=norm, eps=eps)
+    implementation()
+
+
+@register_suite("adaptive", check=_check_adaptive)
+def _adaptive(target: Target) -> Sequence[Suite]:
+    """Every attack made for feature layers that applies to the model, and Square."""
+    stages = adaptive_stages(
+        target.model,
+        norm=target.norm,
+        eps=target.eps,
+        seed=target.seed,
+        soundness=target.soundness,
+        sources=target.sources,
+    )
+    return [Suite("adaptive", stages)]
+
+
+@register_suite("transfer", check=lambda norm, eps: APGD(norm=norm, eps=eps), needs_sources=True)
+def _transfer(target: Target) -> Sequence[Suite]:
+    """Images attacked on other models, which have to be named."""
+    attack = APGD(norm=target.norm, eps=target.eps)
+    stages = [transfer_stage(name, source, attack) for name, source in target.sources.items()]
+    return [Suite(stage.name, (stage,), every_image=True) for stage in stages]
 
 
 def _steered(

@@ -1,0 +1,1 @@
+"""Attack suites: one file for each family, found by name."""
