@@ -17,15 +17,13 @@ from support.runs import contents, equal, metrics, tiny, weights
 from torch import Tensor, nn
 
 import timm_fsr.training.step
-import timm_fsr.training.trainer
 from timm_fsr.data.dataset import ImageData
 from timm_fsr.layers import FSR
 from timm_fsr.reports.report import Report
 from timm_fsr.training.objectives.base import LossTerms
 from timm_fsr.training.options import DataOptions
 from timm_fsr.training.recipe import Recipe
-from timm_fsr.training.state import Run
-from timm_fsr.training.trainer import train
+from timm_fsr.training.trainer import Trainer, train
 
 CHECKPOINT = ("tensors.pt", "values.json", "checksums.json")
 
@@ -152,12 +150,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[tuple[float, floa
     """Let validation find these (robust, clean) accuracies; gives the weights that it saw each time."""
     seen: list[dict[str, Tensor]] = []
 
-    def validate(run: Run) -> dict[str, float]:
+    def validate(trainer: Trainer) -> dict[str, float]:
         robust, clean = accuracies[len(seen)]
-        seen.append({key: value.clone() for key, value in run.judged.state_dict().items()})
+        seen.append({key: value.clone() for key, value in trainer.judged.state_dict().items()})
         return {"held_out.clean_accuracy": clean, "held_out.robust_accuracy": robust}
 
-    monkeypatch.setattr(timm_fsr.training.trainer, "validate", validate)
+    monkeypatch.setattr(Trainer, "validate", validate)
     return seen
 
 
