@@ -85,7 +85,7 @@ class TestGradients:
 
     def test_a_model_without_it_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"Linear has no gradient checkpointing in timm; leave out"):
-            timm_fsr.training.prepare.checkpoint_gradients(nn.Linear(1, 1))
+            timm_fsr.training.prepare._checkpoint_gradients(nn.Linear(1, 1))
 
 
 class TestCompiled:

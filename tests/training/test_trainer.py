@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from rich.console import Console
 from support.runs import contents, equal, metrics, tiny, weights
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ import timm_fsr.training.step
 from timm_fsr.data.dataset import ImageData
 from timm_fsr.layers import FSR
 from timm_fsr.reports.report import Report
+from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.objectives.base import LossTerms
 from timm_fsr.training.options import DataOptions
 from timm_fsr.training.recipe import Recipe
@@ -321,6 +323,13 @@ def test_progress_is_printed_without_a_terminal_as_one_line_per_epoch(tmp_path, 
     assert "worst case" in lines[3]
     assert lines[4] == f"results in {tmp_path}"
     assert len(lines) == 5
+
+
+def test_a_trainer_is_printed_as_the_first_line_of_its_run(tmp_path, capsys):
+    recipe = tiny(tmp_path, "--data.limit_train=60", "--optim.epochs=1", "--evaluation.attacks=[]")
+    trainer = Trainer.prepare(recipe, build_accelerator(recipe), Console(quiet=True))
+    train(recipe)
+    assert str(trainer) == capsys.readouterr().out.splitlines()[0]
 
 
 def test_files_of_another_origin_are_not_cleared_away(tmp_path):

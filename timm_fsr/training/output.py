@@ -62,17 +62,6 @@ def find_snapshot(recipe: Recipe, accelerator: Accelerator, console: Console) ->
     return snapshot
 
 
-def _check_nothing_is_lost(recipe: Recipe) -> None:
-    """Refuse to start from the beginning where a run got further than its first checkpoint, which was removed."""
-    metrics = recipe.folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    if len(lines) > 1 or (recipe.folder / "report.json").exists():
-        raise FileExistsError(
-            f"{recipe.output} holds a run without checkpoints, which cannot be resumed; replace it by --overwrite=true "
-            "or choose another folder with --output"
-        )
-
-
 def begin_output(recipe: Recipe, *, new: bool) -> None:
     """Clear the folder for a new run, and write the recipe into it."""
     folder = recipe.folder
@@ -82,3 +71,14 @@ def begin_output(recipe: Recipe, *, new: bool) -> None:
         else:
             path.unlink(missing_ok=True)
     write_text(folder / "recipe.yaml", dataclasses.replace(recipe, resume=False, overwrite=False).to_yaml())
+
+
+def _check_nothing_is_lost(recipe: Recipe) -> None:
+    """Refuse to start from the beginning where a run got further than its first checkpoint, which was removed."""
+    metrics = recipe.folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    if len(lines) > 1 or (recipe.folder / "report.json").exists():
+        raise FileExistsError(
+            f"{recipe.output} holds a run without checkpoints, which cannot be resumed; replace it by --overwrite=true "
+            "or choose another folder with --output"
+        )

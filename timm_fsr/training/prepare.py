@@ -39,18 +39,6 @@ def read_images(recipe: Recipe, accelerator: Accelerator) -> tuple[Images, Image
     return data.to(device), None if extra is None else extra.to(device), held_out.to(device)
 
 
-def _check_test_split(recipe: Recipe, data: Images) -> None:
-    """Open the test images that the final report needs; ValueError if they are missing or of another kind."""
-    if not recipe.evaluation.attacks:
-        return
-    one = dataclasses.replace(recipe.data, limit_test=1).build_test(data.classes, progress=False)
-    if one.image_size[0] != data.image_size[0]:
-        raise ValueError(
-            f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "
-            "data.channels"
-        )
-
-
 def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> int:
     """Steps of an epoch; ValueError if the processes cannot share the images or a batch."""
     batch_size, parts = recipe.optim.batch_size, processes * recipe.optim.accumulate
@@ -75,23 +63,12 @@ def build_model(recipe: Recipe, data: Images, device: torch.device) -> nn.Module
     timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
     timm_model.pretrained_cfg["label_names"] = list(data.classes)
     if recipe.gradient_checkpointing:
-        checkpoint_gradients(timm_model)
+        _checkpoint_gradients(timm_model)
     if recipe.channels_last:
         timm_model = timm_model.to(memory_format=torch.channels_last)
     if recipe.batch_norm == "sync":
         timm_model = reattach(convert_sync_batchnorm(timm_model))
     return timm_model.to(device)
-
-
-def checkpoint_gradients(timm_model: Any) -> None:
-    """Switch timm's gradient checkpointing on; ValueError for a model that has none."""
-    try:
-        timm_model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"{type(timm_model).__name__} has no gradient checkpointing in timm; leave out gradient_checkpointing and "
-            "raise optim.accumulate to save memory"
-        ) from error
 
 
 @contextmanager
@@ -109,3 +86,26 @@ def compilation(backend: str | None) -> Iterator[None]:
         )
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=_COMPILED_VARIANTS):
         yield
+
+
+def _check_test_split(recipe: Recipe, data: Images) -> None:
+    """Open the test images that the final report needs; ValueError if they are missing or of another kind."""
+    if not recipe.evaluation.attacks:
+        return
+    one = dataclasses.replace(recipe.data, limit_test=1).build_test(data.classes, progress=False)
+    if one.image_size[0] != data.image_size[0]:
+        raise ValueError(
+            f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "
+            "data.channels"
+        )
+
+
+def _checkpoint_gradients(timm_model: Any) -> None:
+    """Switch timm's gradient checkpointing on; ValueError for a model that has none."""
+    try:
+        timm_model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"{type(timm_model).__name__} has no gradient checkpointing in timm; leave out gradient_checkpointing and "
+            "raise optim.accumulate to save memory"
+        ) from error

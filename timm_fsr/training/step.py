@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -99,7 +100,7 @@ class Step:
         if broken or overflow:
             self._undo(buffers)
         else:
-            share_statistics(self.timm_model, self.accelerator, rule=self.recipe.batch_norm)
+            _share_statistics(self.timm_model, self.accelerator, rule=self.recipe.batch_norm)
         return StepResult(metrics, broken=broken, overflow=overflow, stop=stop)
 
     def _accumulate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -172,13 +173,6 @@ class Step:
                 buffer.copy_(value)
 
 
-def _metrics(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:
-    metrics = {f"loss.{name}": value.detach() for name, value in terms.items()}
-    for kind, logits in terms.logits.items():
-        metrics[_ACCURACY[kind]] = (logits.argmax(dim=1) == labels).float().mean()
-    return metrics
-
-
 def agreed(accelerator: Accelerator, broken: Tensor, stop: bool) -> tuple[bool, bool]:
     """Both flags, true where they are true on any process, because all of them have to do the same."""
     flags = torch.stack([broken, torch.full_like(broken, float(stop))])
@@ -186,24 +180,6 @@ def agreed(accelerator: Accelerator, broken: Tensor, stop: bool) -> tuple[bool, 
         flags = accelerator.reduce(flags, "sum")
     broken_anywhere, stop_anywhere = (flags > 0).tolist()
     return broken_anywhere, stop_anywhere
-
-
-def share_statistics(timm_model: nn.Module, accelerator: Accelerator, *, rule: str) -> None:
-    """Make BatchNorm's running statistics the same on every process: their "average", or those of the "first".
-
-    DistributedDataParallel would copy those of the first process, but only when the next training pass begins: until
-    then each process would attack, and save, another model.
-    """
-    if accelerator.num_processes == 1:
-        return
-    running = ("running_mean", "running_var")
-    buffers = [buffer for name, buffer in timm_model.named_buffers() if name.endswith(running)]
-    if not buffers:
-        return
-    joint = torch.cat([buffer.flatten().float() for buffer in buffers])
-    joint = broadcast(joint) if rule == "first" else accelerator.reduce(joint, "mean")
-    for buffer, value in zip(buffers, joint.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(value.view_as(buffer))
 
 
 @contextmanager
@@ -226,3 +202,30 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _metrics(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:
+    metrics = {f"loss.{name}": value.detach() for name, value in terms.items()}
+    for kind, logits in terms.logits.items():
+        metrics[_ACCURACY[kind]] = (logits.argmax(dim=1) == labels).float().mean()
+    return metrics
+
+
+def _share_statistics(
+    timm_model: nn.Module, accelerator: Accelerator, *, rule: Literal["average", "first", "sync"]
+) -> None:
+    """Make BatchNorm's running statistics the same on every process: those of the "first", or their average.
+
+    DistributedDataParallel would copy those of the first process, but only when the next training pass begins: until
+    then each process would attack, and save, another model.
+    """
+    if accelerator.num_processes == 1:
+        return
+    running = ("running_mean", "running_var")
+    buffers = [buffer for name, buffer in timm_model.named_buffers() if name.endswith(running)]
+    if not buffers:
+        return
+    joint = torch.cat([buffer.flatten().float() for buffer in buffers])
+    joint = broadcast(joint) if rule == "first" else accelerator.reduce(joint, "mean")
+    for buffer, value in zip(buffers, joint.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(value.view_as(buffer))

@@ -89,9 +89,9 @@ def train(recipe: Recipe) -> nn.Module:
         accelerator.end_training()
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class Trainer:
-    """One training run.
+    """One training run: `prepare` makes it, `fit` tells its story.
 
     Attributes:
         recipe: says how to train.
@@ -174,14 +174,14 @@ class Trainer:
         )
 
     def fit(self, snapshot: Snapshot | None = None) -> nn.Module:
-        """Train to the end, then evaluate the best model and return it; raises what `train` says.
+        """Train to the end, evaluate the best model and return it. The errors are those of `train`.
 
         Args:
             snapshot: tensors and values of a checkpoint to resume from; None: start from the beginning.
         """
         if snapshot is not None:
             self.restore(*snapshot)
-        self.console.print(self._headline())
+        self.console.print(str(self))
         self.accelerator.wait_for_everyone()  # before the first process writes what the others look for
         with compilation(self.recipe.compile), stop_requests() as stop_asked:
             self._begin(new=snapshot is None)
@@ -203,7 +203,7 @@ class Trainer:
         return self._conclude()
 
     def restore(self, tensors: dict[str, Any], values: dict[str, Any]) -> None:
-        """Put a run that was just prepared where the checkpoint was taken.
+        """Go to where a checkpoint was taken, in a run that was just prepared.
 
         Raises:
             ValueError: the checkpoint belongs to another recipe, other data, or another number of processes.
@@ -250,11 +250,21 @@ class Trainer:
         return validate(self.judged, self.held_out, self.recipe, self.accelerator, one_step=one_step)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint that `restore` continues from to the bit. Every process has to call this."""
+        """Write a checkpoint from which `restore` continues to the bit. Every process has to call this."""
         tensors = {**self._state().state_dict(), "sums": gather_sums(self.sums, self.accelerator)}
         if self.accelerator.is_main_process:
             values = {"progress": dataclasses.asdict(self.progress), "identity": self._identity()}
             checkpoints_of(self.recipe).save(self.progress.step, tensors, values)
+
+    def __str__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.timm_model.parameters())
+        precision = {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
+        where = f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, {precision}"
+        begun = f", resumed after step {self.progress.step}" if self.progress.step else ""
+        return (
+            f"{self.label} ({parameters / 1e6:.2f} M parameters) on {len(self.data)} images of {self.data.name}, "
+            f"{where}{begun}"
+        )
 
     @property
     def judged(self) -> nn.Module:
@@ -289,16 +299,6 @@ class Trainer:
             ema=self.ema,
             scaler=self.accelerator.scaler,
             sharded=self.whole is not None,
-        )
-
-    def _headline(self) -> str:
-        parameters = sum(parameter.numel() for parameter in self.timm_model.parameters())
-        precision = {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        where = f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, {precision}"
-        begun = f", resumed after step {self.progress.step}" if self.progress.step else ""
-        return (
-            f"{self.label} ({parameters / 1e6:.2f} M parameters) on {len(self.data)} images of {self.data.name}, "
-            f"{where}{begun}"
         )
 
     def _begin(self, *, new: bool) -> None:
@@ -362,7 +362,7 @@ class Trainer:
     def _skip_or_stop(self, result: StepResult, place: str) -> None:
         """Count a step that was undone; raise if the recipe or the number of such steps says so."""
         progress = self.progress
-        expected = not result.broken  # an overflow in fp16 is, now and then
+        expected = not result.broken  # fp16 overflows now and then, until the scale of its gradients is found
         where = f"the loss or its gradient became NaN or infinite in {place}"
         skips = expected or self.recipe.optim.nonfinite == "skip"
         if skips and progress.skipped_in_a_row + 1 < MOST_SKIPPED:
@@ -433,7 +433,7 @@ class Trainer:
         progress.seconds = 0.0
 
     def _check_stop(self, stop_asked: Callable[[], bool]) -> None:
-        """Raise InterruptedRunError if SIGTERM came while the epoch was ended, which is saved by now."""
+        """Raise InterruptedRunError if SIGTERM came after the last step; the whole epoch is saved by now."""
         _, stop = agreed(self.accelerator, torch.zeros((), device=self.accelerator.device), stop_asked())
         if stop:
             raise InterruptedRunError(
