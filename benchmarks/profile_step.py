@@ -24,11 +24,10 @@ import torch.nn.functional as F
 from side_by_side import clock, parser, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from training_step import our_run
+from training_step import our_trainer
 
 from timm_fsr.training.objectives.base import LossTerms
-from timm_fsr.training.state import Run
-from timm_fsr.training.step import take_step
+from timm_fsr.training.trainer import Trainer
 
 _MATRICES = (1024, 2048, 4096)
 _CONVOLUTIONS = ((64, 32), (256, 8))  # channels and side of a map, with a 3x3 kernel and 64 images
@@ -67,9 +66,9 @@ def _fastest(run: Callable[[], object], device: str, rounds: int) -> float:
     return min(seconds)
 
 
-def parts(run: Run, images: Tensor, labels: Tensor, device: str) -> dict[str, float]:
-    """Seconds of the parts of one step, each waited for, and of a step as the engine takes it."""
-    accelerator, seconds = run.accelerator, {}
+def parts(trainer: Trainer, images: Tensor, labels: Tensor, device: str) -> dict[str, float]:
+    """Seconds of the parts of one step, each waited for, and of a whole step as training takes it."""
+    accelerator, seconds = trainer.accelerator, {}
     started = clock(device)
 
     def passed(name: str) -> None:
@@ -78,19 +77,19 @@ def parts(run: Run, images: Tensor, labels: Tensor, device: str) -> dict[str, fl
         seconds[name] = now - started
         started = now
 
-    run.prepared.train()
-    with run.folding.applied():
-        adversarial = run.objective.craft(run.prepared, run.attack, images, labels)
+    trainer.prepared.train()
+    with trainer.folding.applied():
+        adversarial = trainer.objective.craft(trainer.prepared, trainer.attack, images, labels)
     passed("attack")
-    terms: LossTerms = run.objective.terms(run.prepared, run.attack, images, adversarial, labels)
+    terms: LossTerms = trainer.objective.terms(trainer.prepared, trainer.attack, images, adversarial, labels)
     total = terms.total()
     passed("training pass, forward")
     accelerator.backward(total)
     passed("training pass, backward")
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
     passed("optimizer")
-    take_step(run, images, labels)
+    trainer.take_step(images, labels)
     passed("whole step of the engine")
     return seconds
 
@@ -115,11 +114,11 @@ def main() -> None:
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     flags = [f"--mixed_precision={args.precision}", *([f"--compile={args.compile}"] if args.compile else [])]
     with tempfile.TemporaryDirectory() as folder:
-        run = our_run(args, Path(folder), *flags)
+        trainer = our_trainer(args, Path(folder), *flags)
         images = torch.rand(args.batch, 3, 32, 32).to(args.device, memory_format=torch.channels_last)
         labels = (torch.arange(args.batch) % 10).to(args.device)
-        forward = forward_flops(run.timm_model, images)
-        measured = [parts(run, images, labels, args.device) for _ in range(args.rounds + 1)][1:]
+        forward = forward_flops(trainer.timm_model, images)
+        measured = [parts(trainer, images, labels, args.device) for _ in range(args.rounds + 1)][1:]
     peak = peak_flops(args.device, dtype)
     seconds = {name: statistics.median(one[name] for one in measured) for name in measured[0]}
     seconds["rest: checks, metrics, schedule"] = seconds["whole step of the engine"] - sum(list(seconds.values())[:4])

@@ -91,7 +91,7 @@ def time_in_turn(
 
 
 def adversarial_step(model: nn.Module, images: Tensor, labels: Tensor, *, attack_steps: int) -> Callable[[], None]:
-    """One step of adversarial training as a function: PGD on the folded model, loss, gradient and SGD, as the engine's.
+    """One step of adversarial training as a function: PGD on the folded model, loss, gradient and SGD, as in `Trainer`.
 
     Args:
         model: a timm model with at least one parameter, on the device of the images; it is trained.

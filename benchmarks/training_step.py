@@ -6,7 +6,7 @@
 
 FOLDER is a checkout of the official repository (github wkim97/FSR); without it ours alone are compared. Its network and
 its attack are used as they are, but that on a CPU the attack's `.cuda()` is made to do nothing. The step around them is
-what its train.py does. Ours is the step of the training engine, checks and metrics included, on a model with the same
+what its train.py does. Ours is the step of `Trainer`, checks and metrics included, on a model with the same
 weights and the same images. Before anything is timed, attack, loss terms and gradients of the two are compared with
 the noise of the mask off (its draws differ: ours needs one where the official code makes two).
 """
@@ -39,9 +39,7 @@ from timm_fsr.attacks.pgd import PGD
 from timm_fsr.layers.common import strongest_wrong_class
 from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.recipe import Recipe
-from timm_fsr.training.state import Run
-from timm_fsr.training.step import take_step
-from timm_fsr.training.trainer import prepare
+from timm_fsr.training.trainer import Trainer
 
 EPS, STEP = 8 / 255, 2 / 255
 ARCHITECTURE = "resnet18_cifar"  # the official code's ResNet-18
@@ -112,8 +110,8 @@ def cuda_does_nothing(active: bool) -> Iterator[None]:
         torch.Tensor.cuda = original  # type: ignore[method-assign]
 
 
-def our_run(args: argparse.Namespace, folder: Path, *flags: str) -> Run:
-    """A training run as the engine prepares it, on images that do not matter: batches are handed to its steps."""
+def our_trainer(args: argparse.Namespace, folder: Path, *flags: str) -> Trainer:
+    """A trainer that is ready for its first step; its own images do not matter, batches are handed to its steps."""
     source = folder / "train.npz"
     if not source.exists():
         shape = (args.batch + 20, 32, 32, 3)
@@ -134,17 +132,17 @@ def our_run(args: argparse.Namespace, folder: Path, *flags: str) -> Run:
         ]
     )
     recipe.check()
-    return prepare(recipe, build_accelerator(recipe), Console(quiet=True))
+    return Trainer.prepare(recipe, build_accelerator(recipe), Console(quiet=True))
 
 
-def stepper(run: Run) -> Step:
-    """One step of a run, in the memory format that its recipe asks for."""
+def stepper(trainer: Trainer) -> Step:
+    """One step of a trainer, in the memory format that its recipe asks for."""
 
     def step(images: Tensor, labels: Tensor) -> None:
-        if run.recipe.channels_last:
+        if trainer.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        run.prepared.train()
-        take_step(run, images, labels)
+        trainer.prepared.train()
+        trainer.take_step(images, labels)
 
     return step
 
@@ -152,22 +150,22 @@ def stepper(run: Run) -> Step:
 def variants(args: argparse.Namespace, folder: Path) -> dict[str, Step]:
     """What is compared, the reference first. All have the same weights."""
     official = Official(args.official, args.device, args.steps) if args.official else None
-    built: dict[str, Run] = {
-        OURS: our_run(args, folder),
-        "ours, not folded": our_run(args, folder),
-        "ours, bf16": our_run(args, folder, "--mixed_precision=bf16"),
+    built: dict[str, Trainer] = {
+        OURS: our_trainer(args, folder),
+        "ours, not folded": our_trainer(args, folder),
+        "ours, bf16": our_trainer(args, folder, "--mixed_precision=bf16"),
     }
     built["ours, not folded"].folding = Folding()
     if args.compile:
-        built[f"ours, compiled by {args.compile}"] = our_run(args, folder, f"--compile={args.compile}")
+        built[f"ours, compiled by {args.compile}"] = our_trainer(args, folder, f"--compile={args.compile}")
         name = f"ours, bf16, compiled by {args.compile}"
-        built[name] = our_run(args, folder, f"--compile={args.compile}", "--mixed_precision=bf16")
+        built[name] = our_trainer(args, folder, f"--compile={args.compile}", "--mixed_precision=bf16")
     weights = built[OURS].timm_model.state_dict()
     if official is not None:
         weights = timm_fsr.convert_official(official.net.state_dict())
-    for run in built.values():
-        run.timm_model.load_state_dict(weights)
-    steps = {name: stepper(run) for name, run in built.items()}
+    for trainer in built.values():
+        trainer.timm_model.load_state_dict(weights)
+    steps = {name: stepper(trainer) for name, trainer in built.items()}
     return steps if official is None else {OFFICIAL: official.step, **steps}
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from support.runs import Killed, before_step, equal, metrics, poisoned, same_values, tiny, to_nan, weights
 
 import timm_fsr.training.accelerator
-import timm_fsr.training.step
+import timm_fsr.training.trainer
 from timm_fsr.training.objectives.base import LossTerms
 from timm_fsr.training.trainer import train
 
@@ -83,7 +83,7 @@ def test_a_loss_of_nan_stops_the_run_that_is_to_stop(tmp_path, monkeypatch):
 
 
 def test_gradients_that_never_fit_end_the_run_instead_of_training_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(timm_fsr.training.step, "MOST_SKIPPED", 1)
+    monkeypatch.setattr(timm_fsr.training.trainer, "MOST_SKIPPED", 1)
     poisoned(monkeypatch, set(range(100)), enlarge)
     with pytest.raises(FloatingPointError, match="step 1 of epoch 1"):
         run(tmp_path)

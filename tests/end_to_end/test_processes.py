@@ -1,4 +1,4 @@
-"""Training by the engine on several processes, started as a user starts them."""
+"""Training on several processes, started as a user starts them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from accelerate.state import AcceleratorState
 from support.runs import TINY, equal, metrics, same_values, tiny, weights, without_seconds
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-import timm_fsr.training.trainer
 from timm_fsr.reports.report import Report
+from timm_fsr.training.prepare import count_steps
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.step import InterruptedRunError
-from timm_fsr.training.trainer import train
+from timm_fsr.training.trainer import Trainer, train
 
 # Runs as each of the two processes that `accelerate launch` starts: trains, and keeps what each process has.
 RANK = """
 import sys, torch
 torch.set_num_threads(1)
-import timm_fsr.training.trainer as engine
 from timm_fsr.cli.main import main
+from timm_fsr.training.trainer import Trainer
 import timm_fsr.data.sampling as batch_module, timm_fsr.training.step as steps
-save, derive, batches = engine.save_checkpoint, steps.derive_generator, batch_module.epoch_batches
+save, derive, batches = Trainer.save_checkpoint, steps.derive_generator, batch_module.epoch_batches
 seeds, indices = [], []
-def spy(run):
-    rank = run.accelerator.process_index
-    known = {"state": run.judged.state_dict(), "seeds": seeds, "indices": indices}
-    torch.save(known, f"{run.recipe.folder.parent}/rank{rank}.pt")
-    save(run)
+def spy(trainer):
+    rank = trainer.accelerator.process_index
+    known = {"state": trainer.judged.state_dict(), "seeds": seeds, "indices": indices}
+    torch.save(known, f"{trainer.recipe.folder.parent}/rank{rank}.pt")
+    save(trainer)
 def spy_derive(*args, **kwargs):
     generator = derive(*args, **kwargs)
     seeds.append(generator.initial_seed())
@@ -45,7 +45,7 @@ def spy_batches(*args, **kwargs):
     for batch in batches(*args, **kwargs):
         indices.extend(batch.tolist())
         yield batch
-engine.save_checkpoint, steps.derive_generator, batch_module.epoch_batches = spy, spy_derive, spy_batches
+Trainer.save_checkpoint, steps.derive_generator, batch_module.epoch_batches = spy, spy_derive, spy_batches
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 
@@ -98,21 +98,21 @@ FLAGS = [
 def rank_main(arguments: list[str], die_at: int | None, state_of: str | None, stop_at: int | None) -> None:
     """What each process does: train, be killed or (the second one) told to stop before a step, leave its model."""
     AcceleratorState._reset_state(reset_partial_state=True)  # this process is a copy of one that may have trained
-    take_step, save = timm_fsr.training.trainer.take_step, timm_fsr.training.trainer.save_checkpoint
+    take_step, save = Trainer.take_step, Trainer.save_checkpoint
 
-    def watched(run: Any, *args: Any, **kwargs: Any) -> None:
-        if run.progress.step == die_at:
+    def watched(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.progress.step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if run.progress.step == stop_at and run.accelerator.process_index == 1:
+        if trainer.progress.step == stop_at and trainer.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        take_step(run, *args, **kwargs)
+        take_step(trainer, *args, **kwargs)
 
-    def kept(run: Any) -> None:
+    def kept(trainer: Trainer) -> None:
         if state_of:
-            torch.save(run.timm_model.state_dict(), f"{state_of}{run.accelerator.process_index}.pt")
-        save(run)
+            torch.save(trainer.timm_model.state_dict(), f"{state_of}{trainer.accelerator.process_index}.pt")
+        save(trainer)
 
-    timm_fsr.training.trainer.take_step, timm_fsr.training.trainer.save_checkpoint = watched, kept
+    Trainer.take_step, Trainer.save_checkpoint = watched, kept
     with contextlib.suppress(InterruptedRunError) if stop_at else contextlib.nullcontext():
         train(Recipe.load(overrides=arguments))
 
@@ -189,4 +189,4 @@ def test_too_few_held_out_images_are_refused_instead_of_waited_for(tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, batch_size, processes, parts, message):
     recipe = tiny(tmp_path, f"--optim.batch_size={batch_size}", f"--optim.accumulate={parts}")
     with pytest.raises(ValueError, match=message):
-        timm_fsr.training.trainer._steps_per_epoch(recipe, 100, 20, processes)
+        count_steps(recipe, 100, 20, processes)

@@ -17,10 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException
 
 import timm_fsr.training.accelerator
-import timm_fsr.training.trainer
 from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.recipe import Recipe
-from timm_fsr.training.trainer import train
+from timm_fsr.training.trainer import Trainer, train
 
 FLAGS = [
     "--optim.epochs=2",
@@ -45,15 +44,15 @@ def sharding_accelerator(**kwargs: Any) -> Accelerator:
 
 def rank_main(arguments: list[str], die_at: int | None, shard: bool) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # this process is a copy of one that may have trained
-    take_step = timm_fsr.training.trainer.take_step
+    take_step = Trainer.take_step
 
-    def watched(run: Any, *args: Any, **kwargs: Any) -> None:
-        if run.progress.step == die_at:
+    def watched(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.progress.step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        assert isinstance(next(run.timm_model.parameters()), DTensor) is shard
-        take_step(run, *args, **kwargs)
+        assert isinstance(next(trainer.timm_model.parameters()), DTensor) is shard
+        take_step(trainer, *args, **kwargs)
 
-    timm_fsr.training.trainer.take_step = watched
+    Trainer.take_step = watched
     if shard:
         timm_fsr.training.accelerator.Accelerator = sharding_accelerator
     train(Recipe.load(overrides=arguments))

@@ -15,9 +15,9 @@ import torch
 from support.tiny import BRIEF_TRAINING
 
 import timm_fsr
+import timm_fsr.training.trainer
 from timm_fsr.reports.report import Report
 from timm_fsr.training import results
-from timm_fsr.training import trainer as engine
 from timm_fsr.training.recipe import Recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "compare"
@@ -216,17 +216,17 @@ class TestTimeLimit:
 
     def test_a_training_that_is_stopped_goes_on(self, tmp_path, capsys, monkeypatch):
         assert compare(tmp_path / "whole", *self.METHODS) == 0
-        log_epoch = engine.log_epoch
+        log_epoch = timm_fsr.training.trainer.log_epoch
 
-        def late(*args: Any) -> None:
-            log_epoch(*args)
+        def late(*args: Any, **kwargs: Any) -> None:
+            log_epoch(*args, **kwargs)
             signal.raise_signal(signal.SIGALRM)  # what the timer sends when the minutes are over
 
-        monkeypatch.setattr(engine, "log_epoch", late)
+        monkeypatch.setattr(timm_fsr.training.trainer, "log_epoch", late)
         assert compare(tmp_path / "stopped", *self.METHODS, "--minutes=9") == 75
         assert "the time is up" in capsys.readouterr().out
         assert len((tmp_path / "stopped" / "none_own_0" / "training" / "metrics.jsonl").read_text().splitlines()) == 1
-        monkeypatch.setattr(engine, "log_epoch", log_epoch)
+        monkeypatch.setattr(timm_fsr.training.trainer, "log_epoch", log_epoch)
         assert compare(tmp_path / "stopped", *self.METHODS, "--minutes=9") == 0
         assert self.result(tmp_path / "stopped") == self.result(tmp_path / "whole")
 

@@ -25,9 +25,7 @@ from timm_fsr.hooks.tape import record
 from timm_fsr.models.pixel import PixelModel
 from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.objectives.at import AT
-from timm_fsr.training.state import Run
-from timm_fsr.training.step import take_step
-from timm_fsr.training.trainer import prepare
+from timm_fsr.training.trainer import Trainer
 
 CONVOLUTIONS = 17  # of resnet_tiny_cifar: 11; of FSR: 6
 NORMS = 15  # 11 and 4
@@ -47,21 +45,21 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def prepared(folder: Path, *flags: str) -> Run:
+def prepared(folder: Path, *flags: str) -> Trainer:
     recipe = tiny(folder, f"--attack.steps={STEPS}", "--evaluation.attacks=[]", "--channels_last=false", *flags)
-    return prepare(recipe, build_accelerator(recipe), Console(quiet=True))
+    return Trainer.prepare(recipe, build_accelerator(recipe), Console(quiet=True))
 
 
-def batch(run: Run) -> tuple[Tensor, Tensor]:
-    return next(run.data.batches(BATCH))
+def batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    return next(trainer.data.batches(BATCH))
 
 
-def operations_of_a_step(run: Run) -> Counter[str]:
-    images, labels = batch(run)
-    run.prepared.train()
-    take_step(run, images, labels)  # what is made once is made now
+def operations_of_a_step(trainer: Trainer) -> Counter[str]:
+    images, labels = batch(trainer)
+    trainer.prepared.train()
+    trainer.take_step(images, labels)  # what is made once is made now
     with Operations() as operations:
-        take_step(run, images, labels)
+        trainer.take_step(images, labels)
     return operations.counts
 
 
@@ -78,9 +76,9 @@ class TestPasses:
 
     def test_without_folding_the_attack_has_them(self, tmp_path):
         """So that the test above can fail."""
-        run = prepared(tmp_path)
-        run.folding = Folding()
-        assert operations_of_a_step(run)["native_batch_norm"] == NORMS * (STEPS + 1)
+        trainer = prepared(tmp_path)
+        trainer.folding = Folding()
+        assert operations_of_a_step(trainer)["native_batch_norm"] == NORMS * (STEPS + 1)
 
     def test_the_attack_asks_for_no_gradient_of_weights(self):
         model = timm.create_model("resnet_tiny_cifar_fsr", num_classes=10)
@@ -124,9 +122,9 @@ class TestArithmetic:
 
 class TestMemory:
     def test_nothing_of_a_step_s_graph_outlives_it(self, tmp_path):
-        run = prepared(tmp_path)
-        images, labels = batch(run)
-        run.prepared.train()
+        trainer = prepared(tmp_path)
+        images, labels = batch(trainer)
+        trainer.prepared.train()
         kept: list[weakref.ref[Tensor]] = []
         original = AT.terms
 
@@ -138,11 +136,11 @@ class TestMemory:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(AT, "terms", spy)
             for _ in range(3):
-                take_step(run, images, labels)
+                trainer.take_step(images, labels)
         gc.collect()
         assert len(kept) == 3 * 3
         assert not [reference for reference in kept if reference() is not None]
-        assert all(not value.requires_grad for value in run.sums.values())
+        assert all(not value.requires_grad for value in trainer.sums.values())
 
     def test_a_tape_lets_go_when_it_is_gone(self):
         model = timm_fsr.attach(timm.create_model("resnet_tiny_cifar", num_classes=10)).train()
@@ -155,12 +153,12 @@ class TestMemory:
         assert mask() is None
 
     def test_memory_does_not_grow_from_step_to_step(self, tmp_path):
-        run = prepared(tmp_path)
-        images, labels = batch(run)
-        run.prepared.train()
+        trainer = prepared(tmp_path)
+        images, labels = batch(trainer)
+        trainer.prepared.train()
         counts = []
         for _ in range(5):
-            take_step(run, images, labels)
+            trainer.take_step(images, labels)
             gc.collect()
             counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
         assert counts[-1] <= counts[1], "after the first step, which makes momentum and sums"

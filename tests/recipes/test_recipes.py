@@ -22,14 +22,13 @@ import yaml
 from PIL import Image
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 
-import timm_fsr.training.trainer
 from timm_fsr.attacks.pgd import NFGSM, PGD
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.training.objectives import OBJECTIVES
 from timm_fsr.training.parsing import parse_number
 from timm_fsr.training.recipe import Recipe, parse_arguments
-from timm_fsr.training.state import Run, checkpoints_of
-from timm_fsr.training.trainer import train
+from timm_fsr.training.state import checkpoints_of
+from timm_fsr.training.trainer import Trainer, train
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -141,16 +140,16 @@ def output(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """The run, once for each step it took."""
-    seen: list[Run] = []
-    take_step: Callable[..., None] = timm_fsr.training.trainer.take_step
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """The trainer, once for each step it took."""
+    seen: list[Trainer] = []
+    take_step: Callable[..., None] = Trainer.take_step
 
-    def spy(run: Run, *args: Any, **kwargs: Any) -> None:
-        seen.append(run)
-        take_step(run, *args, **kwargs)
+    def spy(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        seen.append(trainer)
+        take_step(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(timm_fsr.training.trainer, "take_step", spy)
+    monkeypatch.setattr(Trainer, "take_step", spy)
     return seen
 
 
@@ -177,10 +176,10 @@ class TestEveryRecipe:
         recipe = small(path, output, sources)
         train(recipe)
         assert len(watched) == 2, "not two steps"
-        run, said = watched[0], declared(path)
-        check_method(run, said)
-        check_optimizer(run, said)
-        check_rest(run, said)
+        trainer, said = watched[0], declared(path)
+        check_method(trainer, said)
+        check_optimizer(trainer, said)
+        check_rest(trainer, said)
         assert Recipe.load(output / "recipe.yaml") == recipe
         (line,) = [json.loads(text) for text in (output / "metrics.jsonl").read_text().splitlines()]
         assert all(math.isfinite(value) for value in line.values())
@@ -188,10 +187,10 @@ class TestEveryRecipe:
         model = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True).eval()
         assert [site.layer.name for group in layer_groups(model) for site in group.sites] == ["fsr"]
         with torch.no_grad():
-            logits = model(torch.rand(1, *run.data.image_size))
-        assert logits.shape == (1, run.data.num_classes)
+            logits = model(torch.rand(1, *trainer.data.image_size))
+        assert logits.shape == (1, trainer.data.num_classes)
         assert logits.isfinite().all()
-        assert len(recipe.data.build_test(run.data.classes, progress=False)) == 2, "the test split is another one"
+        assert len(recipe.data.build_test(trainer.data.classes, progress=False)) == 2, "the test split is another one"
 
     @pytest.mark.parametrize("override", ["--objective.name=trades", "--objective.name=mart", "--model.layer=null"])
     def test_methods_are_compared_by_one_override(self, path, override):
@@ -204,21 +203,21 @@ class TestEveryRecipe:
         assert max(map(len, lines)) <= 120
 
 
-def check_method(run: Run, said: dict[str, dict[str, Any]]) -> None:
+def check_method(trainer: Trainer, said: dict[str, dict[str, Any]]) -> None:
     name = said["objective"].get("name", "at")
-    assert run.objective == OBJECTIVES[name](**said["objective"].get("args", {}).get(name, {}))
+    assert trainer.objective == OBJECTIVES[name](**said["objective"].get("args", {}).get(name, {}))
     attack = said["attack"]
-    assert type(run.attack) is ATTACKS[attack.get("name", "pgd")]
-    assert run.attack.eps == pytest.approx(parse_number(attack["eps"]))
+    assert type(trainer.attack) is ATTACKS[attack.get("name", "pgd")]
+    assert trainer.attack.eps == pytest.approx(parse_number(attack["eps"]))
     if "step_size" in attack:
-        assert run.attack.step_size == pytest.approx(parse_number(attack["step_size"]))
-    assert getattr(run.attack, "start_noise", None) == attack.get("start_noise")
-    assert run.recipe.attack.eps_at(0) == (0 if attack.get("warmup_epochs") else run.attack.eps)
+        assert trainer.attack.step_size == pytest.approx(parse_number(attack["step_size"]))
+    assert getattr(trainer.attack, "start_noise", None) == attack.get("start_noise")
+    assert trainer.recipe.attack.eps_at(0) == (0 if attack.get("warmup_epochs") else trainer.attack.eps)
 
 
-def check_optimizer(run: Run, said: dict[str, dict[str, Any]]) -> None:
+def check_optimizer(trainer: Trainer, said: dict[str, dict[str, Any]]) -> None:
     optim = said["optim"]
-    optimizer = run.optimizer.optimizer
+    optimizer = trainer.optimizer.optimizer
     name = optim.get("optimizer", "momentum")
     assert type(optimizer) is OPTIMIZERS[name]
     assert optimizer.defaults.get("nesterov", False) == (name == "sgd")
@@ -229,17 +228,17 @@ def check_optimizer(run: Run, said: dict[str, dict[str, Any]]) -> None:
     scales = {group.get("lr_scale", 1.0) for group in optimizer.param_groups}
     assert max(scales) == 1
     assert (len(scales) > 1) == ("layer_decay" in optim)
-    assert type(run.schedule) is SCHEDULES[optim["schedule"]]
-    assert (None if run.ema is None else run.ema.decay) == optim.get("ema_decay")
+    assert type(trainer.schedule) is SCHEDULES[optim["schedule"]]
+    assert (None if trainer.ema is None else trainer.ema.decay) == optim.get("ema_decay")
 
 
-def check_rest(run: Run, said: dict[str, dict[str, Any]]) -> None:
-    assert run.progress.step == 2
-    assert run.accelerator.mixed_precision == said["top"].get("mixed_precision", "no")
-    assert type(run.timm_model).__module__.startswith("timm.models.")
-    assert run.recipe.model.name == said["model"]["name"]
-    assert run.recipe.model.layer == said["model"]["layer"] == "fsr"
-    assert (run.extra is not None) == ("extra_source" in said["data"])
+def check_rest(trainer: Trainer, said: dict[str, dict[str, Any]]) -> None:
+    assert trainer.progress.step == 2
+    assert trainer.accelerator.mixed_precision == said["top"].get("mixed_precision", "no")
+    assert type(trainer.timm_model).__module__.startswith("timm.models.")
+    assert trainer.recipe.model.name == said["model"]["name"]
+    assert trainer.recipe.model.layer == said["model"]["layer"] == "fsr"
+    assert (trainer.extra is not None) == ("extra_source" in said["data"])
 
 
 def test_a_run_by_a_recipe_can_be_resumed(output, sources):

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import timm_fsr.training.results
 from timm_fsr.training.objectives.at import AT
 from timm_fsr.training.objectives.base import LossTerms
 from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.trainer import Trainer
 
 # Two epochs of three steps of 32 images; a forward pass of the network takes a millisecond per image.
 TINY = [
@@ -60,14 +60,14 @@ class Killed(BaseException):
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
     """Let `act` happen before the given step of the run, counted from 0."""
-    take_step = timm_fsr.training.trainer.take_step
+    take_step = Trainer.take_step
 
-    def watched(run: Any, *args: Any, **kwargs: Any) -> None:
-        if run.progress.step == step:
+    def watched(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.progress.step == step:
             act()
-        take_step(run, *args, **kwargs)
+        take_step(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(timm_fsr.training.trainer, "take_step", watched)
+    monkeypatch.setattr(Trainer, "take_step", watched)
 
 
 def same_values(one: Any, other: Any) -> bool:

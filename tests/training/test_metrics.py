@@ -23,7 +23,7 @@ SHORT = ["--data.limit_train=52", "--model.layer=null", "--evaluation.attacks=[]
 
 
 class Teller:
-    """As much of a run as tracking asks for."""
+    """What tracking asks for, and what it does with that."""
 
     def __init__(self, output: Path, *flags: str, main: bool = True, **progress: Any) -> None:
         self.recipe = tiny(output, *flags)
@@ -32,11 +32,17 @@ class Teller:
         self.console = Console(file=self.screen, quiet=not main, soft_wrap=True)
         self.tracked: list[tuple[dict[str, float], int]] = []
         self.begun: list[tuple[str, dict[str, Any]]] = []
-        self.accelerator = SimpleNamespace(
+        self.accelerator: Any = SimpleNamespace(
             is_main_process=main,
             log=lambda values, step: self.tracked.append((dict(values), step)),
             init_trackers=lambda name, config: self.begun.append((name, config)),
         )
+
+    def begin(self) -> None:
+        begin_tracking(self.recipe, self.accelerator, lines=self.progress.lines)
+
+    def log(self, values: dict[str, float]) -> None:
+        log_epoch(values, self.progress, recipe=self.recipe, accelerator=self.accelerator, console=self.console)
 
     @property
     def file(self) -> Path:
@@ -84,26 +90,26 @@ class TestBegin:
     @pytest.mark.parametrize(("written", "known", "left"), [(3, 2, 2), (2, 2, 2), (3, 0, 0), (0, 0, 0)])
     def test_lines_that_the_run_does_not_know_of_are_cut_off(self, tmp_path, written, known, left):
         """A process was killed after it wrote the line and before the checkpoint; or the run is a new one."""
-        run: Any = Teller(tmp_path, lines=known)
+        run = Teller(tmp_path, lines=known)
         run.write(written)
-        begin_tracking(run)
+        run.begin()
         assert [line["epoch"] for line in metrics(tmp_path)] == list(range(1, left + 1))
 
     def test_a_new_run_begins_with_an_empty_file(self, tmp_path):
-        run: Any = Teller(tmp_path / "new")
-        begin_tracking(run)
+        run = Teller(tmp_path / "new")
+        run.begin()
         assert run.file.read_text() == ""
 
     def test_other_processes_write_nothing(self, tmp_path):
-        run: Any = Teller(tmp_path / "new", main=False)
-        begin_tracking(run)
-        log_epoch(run, {"lr": 0.1})
+        run = Teller(tmp_path / "new", main=False)
+        run.begin()
+        run.log({"lr": 0.1})
         assert not run.file.exists()
         assert run.progress.lines == 1, "but they know of the line, as their checkpoint does"
 
     def test_trackers_get_the_recipe_flat_and_in_plain_values(self, tmp_path):
-        run: Any = Teller(tmp_path, "--trackers=[wandb]", "--objective.args.trades.beta=5")
-        begin_tracking(run)
+        run = Teller(tmp_path, "--trackers=[wandb]", "--objective.args.trades.beta=5")
+        run.begin()
         ((project, config),) = run.begun
         assert project == "timm_fsr"
         assert all(isinstance(value, (int, float, str, bool)) for value in config.values())
@@ -120,23 +126,23 @@ class TestBegin:
         assert {key: config[key] for key in expected} == expected
 
     def test_without_trackers_none_is_started(self, tmp_path):
-        run: Any = Teller(tmp_path)
-        begin_tracking(run)
+        run = Teller(tmp_path)
+        run.begin()
         assert run.begun == []
 
 
 class TestEpoch:
     def test_it_is_a_line_of_json_a_line_on_the_screen_and_a_step_of_the_trackers(self, tmp_path):
-        run: Any = Teller(tmp_path, "--optim.epochs=9")
-        begin_tracking(run)
+        run = Teller(tmp_path, "--optim.epochs=9")
+        run.begin()
         found = [{"loss.adversarial": 2.25, "lr": 0.1}, {"loss.adversarial": 1.5, "held_out.clean_accuracy": 0.625}]
         for epoch, values in enumerate(found, start=1):
             run.progress.epoch = epoch
-            log_epoch(run, values)
+            run.log(values)
         assert run.file.read_text() == "".join(
             json.dumps({"epoch": epoch, **values}) + "\n" for epoch, values in enumerate(found, start=1)
         )
-        assert read_metrics(run) == [{"epoch": 1, **found[0]}, {"epoch": 2, **found[1]}]
+        assert read_metrics(run.recipe.folder) == [{"epoch": 1, **found[0]}, {"epoch": 2, **found[1]}]
         assert run.screen.getvalue().splitlines() == [
             "epoch 1/9: adversarial 2.250",
             "epoch 2/9: adversarial 1.500, held_out clean 62.5 %",
@@ -145,15 +151,19 @@ class TestEpoch:
         assert run.progress.lines == 2
 
     def test_it_goes_on_behind_the_lines_of_a_resumed_run(self, tmp_path):
-        run: Any = Teller(tmp_path, epoch=3, lines=2)
+        run = Teller(tmp_path, epoch=3, lines=2)
         run.write(3)
-        begin_tracking(run)
-        log_epoch(run, {"lr": 0.25})
-        assert read_metrics(run) == [{"epoch": 1, "lr": 0.5}, {"epoch": 2, "lr": 0.5}, {"epoch": 3, "lr": 0.25}]
+        run.begin()
+        run.log({"lr": 0.25})
+        assert read_metrics(run.recipe.folder) == [
+            {"epoch": 1, "lr": 0.5},
+            {"epoch": 2, "lr": 0.5},
+            {"epoch": 3, "lr": 0.25},
+        ]
 
     def test_before_the_first_there_is_nothing_to_read(self, tmp_path):
-        run: Any = Teller(tmp_path / "new")
-        assert read_metrics(run) == []
+        run = Teller(tmp_path / "new")
+        assert read_metrics(run.recipe.folder) == []
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,10 @@ import torch
 from support.runs import Killed, before_step, contents, equal, metrics, same_values, tiny, weights, without_seconds
 
 import timm_fsr.training.results
-import timm_fsr.training.trainer
 from timm_fsr.cli.main import main
 from timm_fsr.reports.report import Report
 from timm_fsr.training.step import InterruptedRunError
-from timm_fsr.training.trainer import train
+from timm_fsr.training.trainer import Trainer, train
 
 # Three epochs of three steps, with everything that has a state: momentum, a schedule, an average, masks, dropout.
 FLAGS = [
@@ -94,15 +93,15 @@ class TestKilled:
 
     def test_between_the_validation_and_the_checkpoint(self, whole, tmp_path, monkeypatch):
         """The line of the epoch is written already, and best/ belongs to it: neither may count twice."""
-        save = timm_fsr.training.trainer.save_checkpoint
+        save = Trainer.save_checkpoint
 
-        def die(run: Any) -> None:
-            if run.progress.epoch == 2:
+        def die(trainer: Trainer) -> None:
+            if trainer.progress.epoch == 2:
                 raise Killed
-            save(run)
+            save(trainer)
 
         with monkeypatch.context() as patch:
-            patch.setattr(timm_fsr.training.trainer, "save_checkpoint", die)
+            patch.setattr(Trainer, "save_checkpoint", die)
             with pytest.raises(Killed):
                 train(tiny(tmp_path, *FLAGS))
         assert len(metrics(tmp_path)) == 2
@@ -112,14 +111,14 @@ class TestKilled:
     def test_during_a_validation(self, whole, tmp_path, monkeypatch):
         """No step is repeated: the state was saved before."""
 
-        def die(run: Any) -> dict[str, float]:
-            if run.progress.epoch == 2:
+        def die(trainer: Trainer) -> dict[str, float]:
+            if trainer.progress.step == 6:
                 raise Killed
-            return validate(run)
+            return validate(trainer)
 
-        validate = timm_fsr.training.trainer.validate
+        validate = Trainer.validate
         with monkeypatch.context() as patch:
-            patch.setattr(timm_fsr.training.trainer, "validate", die)
+            patch.setattr(Trainer, "validate", die)
             with pytest.raises(Killed):
                 train(tiny(tmp_path, *FLAGS))
         before_step(monkeypatch, 5, lambda: pytest.fail("a step was repeated"))
@@ -135,7 +134,7 @@ class TestKilled:
             with pytest.raises(Killed):
                 train(tiny(tmp_path, *FLAGS))
         assert not (tmp_path / "report.json").exists()
-        monkeypatch.setattr(timm_fsr.training.trainer, "take_step", lambda *_, **__: pytest.fail("it trained again"))
+        monkeypatch.setattr(Trainer, "take_step", lambda *_, **__: pytest.fail("it trained again"))
         train(tiny(tmp_path, *FLAGS, "--resume=true"))
         assert_same_end(whole, tmp_path)
 
@@ -159,15 +158,15 @@ class TestTerminated:
 
     def test_one_during_the_validation_is_heard_too(self, whole, tmp_path, monkeypatch):
         """Also the last one: the final evaluation may take longer than the scheduler waits."""
-        validate = timm_fsr.training.trainer.validate
+        validate = Trainer.validate
 
-        def terminated(run: Any) -> dict[str, float]:
-            if run.progress.epoch == 3:
+        def terminated(trainer: Trainer) -> dict[str, float]:
+            if trainer.progress.step == 9:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return validate(run)
+            return validate(trainer)
 
         with monkeypatch.context() as patch:
-            patch.setattr(timm_fsr.training.trainer, "validate", terminated)
+            patch.setattr(Trainer, "validate", terminated)
             with pytest.raises(InterruptedRunError, match="after epoch 3; the run is saved"):
                 train(tiny(tmp_path, *FLAGS))
         assert not (tmp_path / "report.json").exists()
@@ -253,7 +252,7 @@ class TestAnotherRun:
             train(tiny(whole, *FLAGS, "--resume=true"))
 
     def test_but_another_final_evaluation_is_no_other_run(self, whole, monkeypatch):
-        monkeypatch.setattr(timm_fsr.training.trainer, "take_step", lambda *_, **__: pytest.fail("it trained again"))
+        monkeypatch.setattr(Trainer, "take_step", lambda *_, **__: pytest.fail("it trained again"))
         train(tiny(whole, *FLAGS, "--resume=true", "--evaluation.attacks=[pgd2]"))
         found = list(Report.load(whole / "report.json").correct)
         assert found == ["clean", "pgd2", "fgsm"], "what an earlier evaluation found of these images stays"

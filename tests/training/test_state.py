@@ -12,10 +12,8 @@ import torch
 import yaml
 from support.runs import metrics, tiny, weights
 
-import timm_fsr.training.state
-import timm_fsr.training.trainer
-from timm_fsr.training.state import Run, Selection, checkpoints_of, fixed_keys, flatten
-from timm_fsr.training.trainer import train
+from timm_fsr.training.state import Selection, checkpoints_of, fixed_keys, flatten
+from timm_fsr.training.trainer import Trainer, train
 
 SHORT = ["--data.limit_train=52", "--model.layer=null", "--evaluation.attacks=[]", "--evaluation.validation_steps=1"]
 
@@ -91,21 +89,21 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def resumed(monkeypatch: pytest.MonkeyPatch, output: Path, change: Callable[[dict[str, Any]], None]) -> Run:
-    """The run as it is after going on from its newest checkpoint, whose values `change` has altered."""
+def resumed(monkeypatch: pytest.MonkeyPatch, output: Path, change: Callable[[dict[str, Any]], None]) -> Trainer:
+    """The trainer as it is after going on from its newest checkpoint, whose values `change` has altered."""
     tensors, values = checkpoints_of(tiny(output)).load_newest(pytest.fail)
     change(values)
-    runs: list[Run] = []
-    restore = timm_fsr.training.state.restore
+    trainers: list[Trainer] = []
+    restore = Trainer.restore
 
-    def spy(run: Run, *_: Any) -> None:
-        runs.append(run)
-        restore(run, tensors, values)
+    def spy(trainer: Trainer, *_: Any) -> None:
+        trainers.append(trainer)
+        restore(trainer, tensors, values)
 
-    monkeypatch.setattr(timm_fsr.training.trainer, "restore", spy)
-    monkeypatch.setattr(timm_fsr.training.trainer, "take_step", lambda *_, **__: pytest.fail("it trained again"))
+    monkeypatch.setattr(Trainer, "restore", spy)
+    monkeypatch.setattr(Trainer, "take_step", lambda *_, **__: pytest.fail("it trained again"))
     train(tiny(output, *SHORT, "--optim.ema_decay=0.5", "--resume=true"))
-    return runs[0]
+    return trainers[0]
 
 
 class TestRestore:

@@ -12,12 +12,12 @@ import torch
 from support.runs import equal, metrics, poisoned, tiny, to_nan, weights
 from torch import Tensor, nn
 
-import timm_fsr.training.step
+import timm_fsr.training.prepare
 import timm_fsr.training.trainer
+import timm_fsr.training.validation
 from timm_fsr.training.objectives.at import AT
 from timm_fsr.training.objectives.base import LossTerms
-from timm_fsr.training.state import Run
-from timm_fsr.training.trainer import train
+from timm_fsr.training.trainer import Trainer, train
 
 ONE_STEP = ["--optim.epochs=1", "--data.limit_train=52", "--evaluation.attacks=[]", "--evaluation.validation_steps=1"]
 PLAIN = [*ONE_STEP, "--model.layer=null"]
@@ -85,7 +85,7 @@ class TestGradients:
 
     def test_a_model_without_it_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"Linear has no gradient checkpointing in timm; leave out"):
-            timm_fsr.training.trainer._checkpoint_gradients(nn.Linear(1, 1))
+            timm_fsr.training.prepare._checkpoint_gradients(nn.Linear(1, 1))
 
 
 class TestCompiled:
@@ -96,7 +96,7 @@ class TestCompiled:
             torch.testing.assert_close(plain[name], compiled[name], rtol=1e-3, atol=1e-4)
 
     def test_what_cannot_be_compiled_is_an_error_not_a_silent_fallback(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(timm_fsr.training.trainer, "_COMPILED_VARIANTS", 1)
+        monkeypatch.setattr(timm_fsr.training.prepare, "_COMPILED_VARIANTS", 1)
         with pytest.raises(Exception, match="recompile"):
             trained(tmp_path, *ONE_STEP, "--compile=eager")
 
@@ -115,14 +115,14 @@ class TestAverage:
             tmp_path / "warm", *flags, "--data.limit_train=84", "--optim.ema_decay=0.9", "--optim.ema_warmup=true"
         )
         seen: list[dict[str, Tensor]] = []
-        original = timm_fsr.training.trainer.take_step
+        original = Trainer.take_step
 
-        def spy(run: Run, *args: Any, **kwargs: Any) -> None:
-            original(run, *args, **kwargs)
-            seen.append({name: value.detach().clone() for name, value in run.timm_model.named_parameters()})
+        def spy(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+            original(trainer, *args, **kwargs)
+            seen.append({name: value.detach().clone() for name, value in trainer.timm_model.named_parameters()})
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(timm_fsr.training.trainer, "take_step", spy)
+            patch.setattr(Trainer, "take_step", spy)
             trained(tmp_path / "plain", *flags, "--data.limit_train=84")
         assert len(seen) == 2
         decay = 1 - 2 ** (-2 / 3)
@@ -183,7 +183,7 @@ class TestNotFinite:
         assert 1 < first["loss.adversarial"] < 4, "a mean over the steps that were taken"
 
     def test_too_many_in_a_row_stop_all_the_same(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(timm_fsr.training.step, "MOST_SKIPPED", 3)
+        monkeypatch.setattr(timm_fsr.training.trainer, "MOST_SKIPPED", 3)
         poisoned(monkeypatch, {1, 2, 3}, to_nan)
         with pytest.raises(FloatingPointError, match=r"in step 1 of epoch 2"):
             train(tiny(tmp_path, "--optim.nonfinite=skip", "--evaluation.attacks=[]"))

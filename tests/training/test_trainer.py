@@ -13,19 +13,19 @@ import pytest
 import timm
 import torch
 import yaml
+from rich.console import Console
 from support.runs import contents, equal, metrics, tiny, weights
 from torch import Tensor, nn
 
 import timm_fsr.training.step
-import timm_fsr.training.trainer
 from timm_fsr.data.dataset import ImageData
 from timm_fsr.layers import FSR
 from timm_fsr.reports.report import Report
+from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.objectives.base import LossTerms
 from timm_fsr.training.options import DataOptions
 from timm_fsr.training.recipe import Recipe
-from timm_fsr.training.state import Run
-from timm_fsr.training.trainer import train
+from timm_fsr.training.trainer import Trainer, train
 
 CHECKPOINT = ("tensors.pt", "values.json", "checksums.json")
 
@@ -152,12 +152,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[tuple[float, floa
     """Let validation find these (robust, clean) accuracies; gives the weights that it saw each time."""
     seen: list[dict[str, Tensor]] = []
 
-    def validate(run: Run) -> dict[str, float]:
+    def validate(trainer: Trainer) -> dict[str, float]:
         robust, clean = accuracies[len(seen)]
-        seen.append({key: value.clone() for key, value in run.judged.state_dict().items()})
+        seen.append({key: value.clone() for key, value in trainer.judged.state_dict().items()})
         return {"held_out.clean_accuracy": clean, "held_out.robust_accuracy": robust}
 
-    monkeypatch.setattr(timm_fsr.training.trainer, "validate", validate)
+    monkeypatch.setattr(Trainer, "validate", validate)
     return seen
 
 
@@ -323,6 +323,13 @@ def test_progress_is_printed_without_a_terminal_as_one_line_per_epoch(tmp_path, 
     assert "worst case" in lines[3]
     assert lines[4] == f"results in {tmp_path}"
     assert len(lines) == 5
+
+
+def test_a_trainer_is_printed_as_the_first_line_of_its_run(tmp_path, capsys):
+    recipe = tiny(tmp_path, "--data.limit_train=60", "--optim.epochs=1", "--evaluation.attacks=[]")
+    trainer = Trainer.prepare(recipe, build_accelerator(recipe), Console(quiet=True))
+    train(recipe)
+    assert str(trainer) == capsys.readouterr().out.splitlines()[0]
 
 
 def test_files_of_another_origin_are_not_cleared_away(tmp_path):

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.runs import contents, equal, metrics, tiny, weights
+from support.runs import before_step, contents, equal, metrics, tiny, weights
 from torch import Tensor, nn
 
-import timm_fsr.training.trainer
 import timm_fsr.training.validation
 from timm_fsr.reports.report import Report
-from timm_fsr.training.state import Run
-from timm_fsr.training.trainer import train
+from timm_fsr.training.trainer import Trainer, train
 
 # One step per epoch and 20 held-out images.
 SHORT = ["--data.limit_train=52", "--model.layer=null", "--evaluation.validation_steps=2"]
@@ -26,28 +24,30 @@ EPS = 0.01
 CLEAN, ROBUST, ONE_STEP = (f"held_out.{kind}_accuracy" for kind in ("clean", "robust", "one_step"))
 
 
-def made_undecided(run: Run) -> None:
+def made_undecided(trainer: Trainer) -> None:
     """Let the model see several classes in the held-out images, by small margins, and be wrong about five of them."""
-    images = run.held_out.images.float() / 255
-    model: Any = run.judged.eval()
+    images = trainer.held_out.images.float() / 255
+    model: Any = trainer.judged.eval()
     with torch.no_grad():
         model.fc.bias -= model(images).mean(dim=0)
         labels = model(images).argmax(dim=1)
     labels[:5] = (labels[:5] + 1) % 10
-    run.held_out = dataclasses.replace(run.held_out, labels=labels)
+    trainer.held_out = dataclasses.replace(trainer.held_out, labels=labels)
 
 
-def validated(monkeypatch: pytest.MonkeyPatch, output: Path, *flags: str) -> tuple[Run, dict[str, float]]:
-    """The run at its only validation, and what that finds."""
-    found: list[tuple[Run, dict[str, float]]] = []
+def validated(monkeypatch: pytest.MonkeyPatch, output: Path, *flags: str) -> tuple[Trainer, dict[str, float]]:
+    """The trainer at its only validation, and what that finds."""
+    found: list[tuple[Trainer, dict[str, float]]] = []
+    validate = Trainer.validate
 
-    def spy(run: Run) -> dict[str, float]:
-        made_undecided(run)
-        found.append((run, timm_fsr.training.validation.validate(run)))
+    def spy(trainer: Trainer) -> dict[str, float]:
+        made_undecided(trainer)
+        found.append((trainer, validate(trainer)))
         return found[-1][1]
 
-    monkeypatch.setattr(timm_fsr.training.trainer, "validate", spy)
-    train(tiny(output, *WITHOUT_REPORT, "--optim.epochs=1", f"--attack.eps={EPS}", *flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", spy)
+        train(tiny(output, *WITHOUT_REPORT, "--optim.epochs=1", f"--attack.eps={EPS}", *flags))
     return found[0]
 
 
@@ -106,12 +106,10 @@ class TestWhatIsMeasured:
         run, _ = validated(monkeypatch, tmp_path)
         before = {name: value.clone() for name, value in run.timm_model.state_dict().items()}
         run.timm_model.train()
-        timm_fsr.training.validation.validate(run)
+        run.validate()
         assert equal(before, dict(run.timm_model.state_dict()))
         assert all(module.training for module in run.timm_model.modules())
-        assert timm_fsr.training.validation.validate(run) == timm_fsr.training.validation.validate(run), (
-            "the same starts each time"
-        )
+        assert run.validate() == run.validate(), "the same starts each time"
 
 
 def scripted(
@@ -120,13 +118,13 @@ def scripted(
     """Let validations find these (robust, one-step) accuracies; gives the weights that they saw."""
     seen: list[dict[str, Tensor]] = []
 
-    def validate(run: Run) -> dict[str, float]:
+    def validate(trainer: Trainer) -> dict[str, float]:
         robust, single = found[len(seen)]
-        seen.append({key: value.clone() for key, value in run.judged.state_dict().items()})
+        seen.append({key: value.clone() for key, value in trainer.judged.state_dict().items()})
         metrics = {CLEAN: clean, ROBUST: robust}
         return metrics if single is None else {**metrics, ONE_STEP: single}
 
-    monkeypatch.setattr(timm_fsr.training.trainer, "validate", validate)
+    monkeypatch.setattr(Trainer, "validate", validate)
     return seen
 
 
@@ -156,7 +154,7 @@ class TestCollapse:
         before = {name: data for name, data in contents(tmp_path).items() if name != "training.png"}
         capsys.readouterr()
         for name in ("take_step", "validate"):
-            monkeypatch.setattr(timm_fsr.training.trainer, name, lambda *_, **__: pytest.fail("it went on"))
+            monkeypatch.setattr(Trainer, name, lambda *_, **__: pytest.fail("it went on"))
         train(tiny(tmp_path, *SHORT, "--optim.epochs=6", "--resume=true"))
         after = {name: data for name, data in contents(tmp_path).items() if name != "training.png"}
         assert after == before
@@ -207,16 +205,13 @@ class TestPatience:
     def test_it_counts_on_when_resumed(self, tmp_path, monkeypatch):
         """The run is killed after its first validation without a better one."""
         seen = scripted(monkeypatch, [(0.3, None), (0.2, None), (0.1, None)])
-        take_step = timm_fsr.training.trainer.take_step
 
-        def killed(run: Run, *args: Any, **kwargs: Any) -> None:
-            if run.progress.step == 2:
-                raise KeyboardInterrupt
-            take_step(run, *args, **kwargs)
+        def die() -> None:
+            raise KeyboardInterrupt
 
         flags = [*WITHOUT_REPORT, "--optim.epochs=9", "--evaluation.patience=2"]
         with monkeypatch.context() as patch:
-            patch.setattr(timm_fsr.training.trainer, "take_step", killed)
+            before_step(patch, 2, die)
             with pytest.raises(KeyboardInterrupt):
                 train(tiny(tmp_path, *flags))
         train(tiny(tmp_path, *flags, "--resume=true"))

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from rich.console import Console
 
-from timm_fsr.training.state import Run, flatten
+from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.state import Progress, flatten
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.files import write_text
 
-# Of what is neither a loss nor an accuracy; the rate has its place in the file alone.
+_FILE = "metrics.jsonl"
+
+# Of metrics that are neither losses nor accuracies; the learning rate is written to the file alone.
 _FORMATS = {
     "seconds": "{value:.0f} s",
     "skipped_steps": "{value:.0f} steps skipped",
@@ -22,7 +28,7 @@ _FORMATS = {
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that Accelerate does not know, or would leave out without a word for want of their package.
+    """Refuse trackers that Accelerate does not know, or that it would leave out silently: their package is missing.
 
     Raises:
         ValueError: such a name.
@@ -35,30 +41,26 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"the tracker {name!r} is not installed here; run `pip install {name}` or leave it out")
 
 
-def begin_tracking(run: Run) -> None:
-    """Start the recipe's trackers, and cut `metrics.jsonl` to what the run knows of (nothing for a new one)."""
-    if run.recipe.trackers:
-        config = flatten(yaml.safe_load(run.recipe.to_yaml()))
+def begin_tracking(recipe: Recipe, accelerator: Accelerator, *, lines: int) -> None:
+    """Start the recipe's trackers, and cut `metrics.jsonl` to the first `lines` that the run knows of."""
+    if recipe.trackers:
+        config = flatten(yaml.safe_load(recipe.to_yaml()))
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
-        run.accelerator.init_trackers("timm_fsr", config=plain)
-    if run.accelerator.is_main_process:
-        write_text(run.recipe.folder / "metrics.jsonl", "".join(_lines(run)[: run.progress.lines]))
+        accelerator.init_trackers("timm_fsr", config=plain)
+    if accelerator.is_main_process:
+        write_text(recipe.folder / _FILE, "".join(_lines(recipe.folder)[:lines]))
 
 
-def log_epoch(run: Run, metrics: dict[str, float]) -> None:
-    """Print, write and track the metrics of the epoch that has just ended."""
-    epoch = run.progress.epoch
-    run.progress.lines += 1
-    run.accelerator.log(metrics, step=epoch)
-    if run.accelerator.is_main_process:
-        line = json.dumps({"epoch": epoch, **metrics}) + "\n"
-        write_text(run.recipe.folder / "metrics.jsonl", "".join([*_lines(run), line]))
-        run.console.print(f"epoch {epoch}/{run.recipe.optim.epochs}: {describe(metrics)}")
-
-
-def read_metrics(run: Run) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`, one per epoch."""
-    return [json.loads(line) for line in _lines(run)]
+def log_epoch(
+    metrics: dict[str, float], progress: Progress, *, recipe: Recipe, accelerator: Accelerator, console: Console
+) -> None:
+    """Print, write and track the metrics of the last epoch of `progress`, which counts the line."""
+    progress.lines += 1
+    accelerator.log(metrics, step=progress.epoch)
+    if accelerator.is_main_process:
+        line = json.dumps({"epoch": progress.epoch, **metrics}) + "\n"
+        write_text(recipe.folder / _FILE, "".join([*_lines(recipe.folder), line]))
+        console.print(f"epoch {progress.epoch}/{recipe.optim.epochs}: {describe(metrics)}")
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -72,6 +74,11 @@ def describe(metrics: dict[str, float]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _lines(run: Run) -> list[str]:
-    path = run.recipe.folder / "metrics.jsonl"
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl` in a run's folder, one per epoch."""
+    return [json.loads(line) for line in _lines(folder)]
+
+
+def _lines(folder: Path) -> list[str]:
+    path = folder / _FILE
     return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []

@@ -1,20 +1,26 @@
-"""What a finished run leaves behind: the plot, the report and the model."""
+"""The results of a finished run: the plot, the report and the best model."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from accelerate import Accelerator
+from rich.console import Console
 from torch import nn
 
+from timm_fsr.attacks.base import Attack
 from timm_fsr.data.streaming import Images
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE, hardware
 from timm_fsr.models.saving import load, save_pretrained
 from timm_fsr.training.metrics import read_metrics
-from timm_fsr.training.state import Run
+from timm_fsr.training.objectives.base import Objective
+from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.state import Progress
 from timm_fsr.utils.files import staged
 from timm_fsr.utils.progress import bar
 
@@ -27,7 +33,34 @@ _CURVES = {
 }
 
 
-def conclude(run: Run) -> nn.Module:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FinishedRun:
+    """What the results are made of: how a run was trained, and which epoch was its best.
+
+    Attributes:
+        recipe: its folder holds the best model and the metrics.
+        accelerator: device and processes.
+        console: prints on the main process alone.
+        label: name of the model in the report.
+        objective: the training method.
+        attack: the training attack, at full eps.
+        data: training images.
+        held_out: images that chose the best epoch.
+        progress: where the run ended.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    console: Console
+    label: str
+    objective: Objective
+    attack: Attack
+    data: Images
+    held_out: Images
+    progress: Progress
+
+
+def conclude(run: FinishedRun) -> nn.Module:
     """Reload the best model as a user would, evaluate it on the test images, and save the report and the plot."""
     output, main = run.recipe.folder, run.accelerator.is_main_process
     model = load(str(output / "best")).to(run.accelerator.device).eval()
@@ -45,7 +78,7 @@ def conclude(run: Run) -> nn.Module:
             eps=run.recipe.attack.eps,
             attacks=options.attacks,
             seed=run.recipe.seed,
-            name=model_label(run),
+            name=run.label,
             data_name=test.name,
             folder=output / "evaluation",  # a kill costs one attack on one batch
             overwrite=True,
@@ -56,21 +89,23 @@ def conclude(run: Run) -> nn.Module:
         report.conditions.update(_training_conditions(run, test))
         report.save(output / "report.json")
         save_pretrained(model, output / "best", report=report)
-        run.console.print(f"{model_label(run)}: {report.summary()}\nresults in {output}")
+        run.console.print(f"{run.label}: {report.summary()}\nresults in {output}")
     run.accelerator.wait_for_everyone()
     return model
 
 
-def _plot(run: Run) -> None:
+def _plot(run: FinishedRun) -> None:
     output = run.recipe.folder
     if importlib.util.find_spec("matplotlib") is None:
         run.console.print("matplotlib is not installed: no training.png (pip install matplotlib)")
         return
-    title = f"{model_label(run)}, {run.recipe.objective.name}"
-    plot_training(read_metrics(run), output / "training.png", title=title, best_epoch=run.progress.selection.epoch)
+    title = f"{run.label}, {run.recipe.objective.name}"
+    plot_training(
+        read_metrics(run.recipe.folder), output / "training.png", title=title, best_epoch=run.progress.selection.epoch
+    )
 
 
-def _training_conditions(run: Run, test: Images) -> dict[str, object]:
+def _training_conditions(run: FinishedRun, test: Images) -> dict[str, object]:
     optim, selection = run.recipe.optim, run.progress.selection
     recipe = yaml.safe_load(run.recipe.to_yaml())
     return {
@@ -80,21 +115,16 @@ def _training_conditions(run: Run, test: Images) -> dict[str, object]:
         "checkpoint_epoch": selection.epoch,
         "training": f"{run.objective!r}, {run.attack!r}, {optim.epochs} epochs",
         "training_seed": run.recipe.seed,
-        "training_seconds": round(sum(record["seconds"] for record in read_metrics(run)), 1),
+        "training_seconds": round(sum(record["seconds"] for record in read_metrics(run.recipe.folder)), 1),
         "training_hardware": hardware(run.accelerator.device, run.accelerator.num_processes),
         "recipe": {key: value for key, value in recipe.items() if key not in ("output", "overwrite", "resume")},
     }
 
 
-def _attack_label(run: Run) -> str:
+def _attack_label(run: FinishedRun) -> str:
     """The validation attack as it is written: "PGD-10"."""
     options = run.recipe.evaluation
     return f"{options.validation_attack.upper()}-{options.validation_steps}"
-
-
-def model_label(run: Run) -> str:
-    """The registered name of what is trained, such as "resnet18_cifar_fsr"."""
-    return (getattr(run.timm_model, "pretrained_cfg", None) or {}).get("architecture") or run.recipe.model.name
 
 
 def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str, best_epoch: int) -> None:

@@ -1,9 +1,7 @@
-"""The state of a run: what goes into a checkpoint and comes back to the bit, and which epoch is the best."""
+"""The state of a run: the content of a checkpoint, from which a run continues to the bit."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +11,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from rich.console import Console
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -24,19 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from timm_fsr.attacks.base import Attack
-from timm_fsr.attacks.bn_folding import Folding
-from timm_fsr.data.dataset import ImageData
-from timm_fsr.data.streaming import Images
-from timm_fsr.models.saving import weights_digest
 from timm_fsr.reports.comparison import is_free
 from timm_fsr.training.checkpoint import Checkpoints
-from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.version import __version__
 
-_FALL = 0.1  # a robust accuracy that falls by so much ...
-_SHARE = 0.5  # ... to less than this share of the best one has collapsed
+# A robust accuracy has collapsed if it fell by at least the first, to less than the second times the best one.
+_FALL = 0.1
+_SHARE = 0.5
 
 
 @dataclass
@@ -102,67 +94,76 @@ class Progress:
     selection: Selection = field(default_factory=Selection)
     stopped: str = ""
 
+    @classmethod
+    def load(cls, values: dict[str, Any]) -> Progress:
+        """The progress that was saved as `dataclasses.asdict`."""
+        return cls(**{**values, "selection": Selection(**values["selection"])})
 
-@dataclass(eq=False)
-class Run:
-    """Everything one training run works with.
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainingState:
+    """Everything that training changes, but for the counters of `Progress`.
 
     Attributes:
-        recipe: what was asked.
-        accelerator: device, precision and processes.
-        timm_model: the model that is trained, in timm's convention.
-        prepared: the same in pixel space, as Accelerate wrapped it.
+        model: the model that is trained, in timm's convention.
         optimizer: as Accelerate wrapped it.
-        schedule: of the learning rate.
-        ema: the averaged copy of `timm_model`, if asked for.
-        whole: a copy of `timm_model` that is not sharded, under FSDP; `refresh_whole` brings it up to date.
-        objective: the training method.
-        attack: at full eps.
-        folding: what of the model is folded while it is attacked.
-        data: training images.
-        extra: images mixed into each batch, if asked for.
-        held_out: images that choose the best checkpoint.
-        console: prints on the main process alone.
-        steps_per_epoch: optimisation steps of an epoch.
-        progress: how far the run is.
-        sums: of each metric over the steps of the current epoch, on this process.
+        ema: the averaged copy of the model, if there is one.
+        scaler: of fp16's gradients, if there is one.
+        sharded: FSDP shards the model and the optimizer.
     """
 
-    recipe: Recipe
-    accelerator: Accelerator
-    timm_model: nn.Module
-    prepared: nn.Module
+    model: nn.Module
     optimizer: AcceleratedOptimizer
-    schedule: Scheduler
     ema: ModelEmaV3 | None
-    whole: nn.Module | None
-    objective: Objective
-    attack: Attack
-    folding: Folding
-    data: Images
-    extra: ImageData | None
-    held_out: Images
-    console: Console
-    steps_per_epoch: int
-    progress: Progress = field(default_factory=Progress)
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    scaler: torch.amp.GradScaler | None
+    sharded: bool
 
-    @property
-    def judged(self) -> nn.Module:
-        """The model that is validated and saved: the averaged one if there is one, never a sharded one."""
-        if self.whole is not None:
-            return self.whole
-        return self.timm_model if self.ema is None else self.ema.module
+    def state_dict(self) -> dict[str, Any]:
+        """The state by name; under FSDP it is gathered on the main process. Every process has to call this."""
+        return {
+            **self._trained(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
 
-    @functools.cached_property
-    def teacher(self) -> str | None:
-        """Checksum of the weights that the objective learns from, if it has such."""
-        return None if self.objective.teacher is None else weights_digest(self.objective.teacher)
+    def load_state_dict(self, tensors: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave. Every process has to call this."""
+        if self.sharded:
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.model, tensors["model"], options=options)
+            set_optimizer_state_dict(self.model, self.optimizer.optimizer, tensors["optimizer"], options=options)
+        else:
+            self.model.load_state_dict(tensors["model"])
+            self.optimizer.load_state_dict(tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(tensors["ema"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(tensors["scaler"])
 
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """Where this run's checkpoints are."""
-        return checkpoints_of(self.recipe)
+    def _trained(self) -> dict[str, Any]:
+        if not self.sharded:
+            return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        bare = self.optimizer.optimizer  # inside Accelerate's wrapper
+        return {
+            "model": get_model_state_dict(self.model, options=options),
+            "optimizer": get_optimizer_state_dict(self.model, bare, options=options),
+        }
+
+
+def gather_weights(sharded: nn.Module, *, into: nn.Module) -> None:
+    """Copy the weights of a model that FSDP shards into a whole one. Every process has to call this."""
+    into.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
+
+
+def gather_sums(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """One entry per process (W,) for each metric: adding them up here would change how they are rounded."""
+    return {name: accelerator.gather(value.reshape(1)).cpu() for name, value in sums.items()}
+
+
+def scatter_sums(rows: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The entries of this process, of what `gather_sums` gave."""
+    return {name: entries[accelerator.process_index].to(accelerator.device) for name, entries in rows.items()}
 
 
 def checkpoints_of(recipe: Recipe) -> Checkpoints:
@@ -170,104 +171,51 @@ def checkpoints_of(recipe: Recipe) -> Checkpoints:
     return Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
 
 
-def save_checkpoint(run: Run) -> None:
-    """Write a checkpoint that `restore` continues from to the bit. Every process has to call it."""
-    tensors = {
-        **_training_state(run),
-        "ema": None if run.ema is None else run.ema.module.state_dict(),
-        "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
-        "sums": _gathered_sums(run),
-    }
-    if not run.accelerator.is_main_process:
-        return
-    values = {"progress": dataclasses.asdict(run.progress), "identity": _identity(run)}
-    run.checkpoints.save(run.progress.step, tensors, values)
+def identity(recipe: Recipe, *, processes: int, fingerprints: list[str], teacher: str | None) -> dict[str, Any]:
+    """What a run must have in common with a checkpoint to continue from it.
 
-
-def restore(run: Run, tensors: dict[str, Any], values: dict[str, Any]) -> None:
-    """Put a run that was just prepared where the checkpoint was taken.
-
-    Raises:
-        ValueError: the checkpoint is of another recipe, other data, or another number of processes.
+    Args:
+        recipe: of the run.
+        processes: their number.
+        fingerprints: of the training images, and of the extra ones if there are any.
+        teacher: checksum of the frozen model that the objective learns from, if there is one.
     """
-    _check_identity(run, values["identity"])
-    _load_training_state(run, tensors)
-    if run.ema is not None:
-        run.ema.module.load_state_dict(tensors["ema"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(tensors["scaler"])
-    progress = dict(values["progress"])
-    run.progress = Progress(**{**progress, "selection": Selection(**progress["selection"])})
-    mine = run.accelerator.process_index
-    run.sums = {name: rows[mine].to(run.accelerator.device) for name, rows in tensors["sums"].items()}
-
-
-def refresh_whole(run: Run) -> None:
-    """Under FSDP, gather the weights into the copy that is not sharded. Every process has to call it."""
-    if run.whole is not None:
-        run.whole.load_state_dict(get_model_state_dict(run.timm_model, options=StateDictOptions(full_state_dict=True)))
-
-
-def _training_state(run: Run) -> dict[str, Any]:
-    """State of model and optimizer; under FSDP gathered on the main process, where it counts."""
-    if run.whole is None:
-        return {"model": run.timm_model.state_dict(), "optimizer": run.optimizer.state_dict()}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    bare = run.optimizer.optimizer  # of Accelerate's wrapper
     return {
-        "model": get_model_state_dict(run.timm_model, options=options),
-        "optimizer": get_optimizer_state_dict(run.timm_model, bare, options=options),
-    }
-
-
-def _load_training_state(run: Run, tensors: dict[str, Any]) -> None:
-    if run.whole is None:
-        run.timm_model.load_state_dict(tensors["model"])
-        run.optimizer.load_state_dict(tensors["optimizer"])
-        return
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(run.timm_model, tensors["model"], options=options)
-    set_optimizer_state_dict(run.timm_model, run.optimizer.optimizer, tensors["optimizer"], options=options)
-
-
-def _gathered_sums(run: Run) -> dict[str, Tensor]:
-    """For each metric one entry per process (W,): their sum would round differently on the way."""
-    return {name: run.accelerator.gather(value.reshape(1)).cpu() for name, value in run.sums.items()}
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    return {
-        "recipe": fixed_keys(run.recipe),
-        "processes": run.accelerator.num_processes,
-        "data": [run.data.fingerprint, *([] if run.extra is None else [run.extra.fingerprint])],
-        "teacher": run.teacher,
+        "recipe": fixed_keys(recipe),
+        "processes": processes,
+        "data": fingerprints,
+        "teacher": teacher,
         "versions": {"timm_fsr": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
 
 
-def _check_identity(run: Run, saved: dict[str, Any]) -> None:
-    mine = _identity(run)
+def check_identity(saved: dict[str, Any], mine: dict[str, Any], recipe: Recipe, console: Console) -> None:
+    """Compare the `identity` in a checkpoint with that of the run that is to continue; other versions are a warning.
+
+    Raises:
+        ValueError: the checkpoint belongs to another recipe, other data, or another number of processes.
+    """
     keys = sorted(saved["recipe"].keys() | mine["recipe"].keys())
     changed = [key for key in keys if saved["recipe"].get(key) != mine["recipe"].get(key)]
     if changed:
         changes = ", ".join(f"{k} ({saved['recipe'].get(k)} -> {mine['recipe'].get(k)})" for k in changed)
         raise ValueError(
-            f"{run.recipe.output} holds a run by another recipe: {changes}; resume it with its own recipe.yaml, or "
+            f"{recipe.output} holds a run by another recipe: {changes}; resume it with its own recipe.yaml, or "
             "train this one into another --output"
         )
     for key, what in (("processes", "processes"), ("data", "training images (by fingerprint)")):
         if saved[key] != mine[key]:
             raise ValueError(
-                f"the run in {run.recipe.output} had other {what}: {saved[key]}, now {mine[key]}; it can only go on "
+                f"the run in {recipe.output} had other {what}: {saved[key]}, now {mine[key]}; it can only go on "
                 "with the same"
             )
     if saved.get("teacher") != mine["teacher"]:
         raise ValueError(
-            f"the run in {run.recipe.output} began with other weights of {run.recipe.model.name}, and its frozen "
+            f"the run in {recipe.output} began with other weights of {recipe.model.name}, and its frozen "
             "teacher would be another model; put back what it began with, or train into another --output"
         )
     if saved["versions"] != mine["versions"]:
-        run.console.print(
+        console.print(
             f"warning: the run was begun with {saved['versions']} and goes on with {mine['versions']}: its results may "
             "differ from those of an uninterrupted run"
         )

@@ -1,47 +1,58 @@
-"""The training loop: adversarial training of a recipe's model by Accelerate."""
+"""Adversarial training of a recipe's model, from the first step to the report."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import shutil
+import functools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from rich.console import Console
-from timm.layers import convert_sync_batchnorm
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
+from timm_fsr.attacks.base import Attack, is_one_step
 from timm_fsr.attacks.bn_folding import Folding, find_folding
-from timm_fsr.data.sampling import epoch_steps, training_batches
+from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.sampling import training_batches
 from timm_fsr.data.streaming import Images
-from timm_fsr.hooks.attach import reattach
 from timm_fsr.models.pixel import PixelModel
-from timm_fsr.models.saving import save_pretrained
+from timm_fsr.models.saving import save_pretrained, weights_digest
 from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.metrics import begin_tracking, check_trackers, describe, log_epoch
-from timm_fsr.training.objectives.base import unwrapped
+from timm_fsr.training.objectives.base import Objective, unwrapped
+from timm_fsr.training.output import Snapshot, begin_output, check_output, find_snapshot
+from timm_fsr.training.prepare import build_model, compilation, count_steps, read_images
 from timm_fsr.training.recipe import Recipe
-from timm_fsr.training.results import conclude, model_label
-from timm_fsr.training.state import Run, checkpoints_of, refresh_whole, restore, save_checkpoint
-from timm_fsr.training.step import InterruptedRunError, agreed, stop_requests, take_step
+from timm_fsr.training.results import FinishedRun, conclude
+from timm_fsr.training.state import (
+    Progress,
+    TrainingState,
+    check_identity,
+    checkpoints_of,
+    gather_sums,
+    gather_weights,
+    identity,
+    scatter_sums,
+)
+from timm_fsr.training.step import InterruptedRunError, Step, StepResult, agreed, stop_requests
 from timm_fsr.training.validation import judge, validate
-from timm_fsr.utils.files import write_text
 from timm_fsr.utils.progress import bar
 
-__all__ = ["InterruptedRunError", "train"]
+__all__ = ["InterruptedRunError", "Trainer", "train"]
+
+MOST_SKIPPED = 20
+"""Steps in a row that may be skipped because of a NaN or an infinity."""
 
 _SHOW_EVERY = 20  # steps between looks at the metrics: looking waits for the device
-_RESULTS = ("metrics.jsonl", "best", "last", "checkpoints", "trackers", "evaluation", "report.json", "training.png")
-_COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
-
-Snapshot = tuple[dict[str, Any], dict[str, Any]]
 
 
 def train(recipe: Recipe) -> nn.Module:
@@ -68,278 +79,379 @@ def train(recipe: Recipe) -> nn.Module:
     """
     recipe.check()
     check_trackers(recipe.trackers)
-    _check_output(recipe)
+    check_output(recipe)
     accelerator = build_accelerator(recipe)
     console = Console(quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     try:
-        snapshot = _find_snapshot(recipe, accelerator, console)
-        run = prepare(recipe, accelerator, console)
-        if snapshot is not None:
-            restore(run, *snapshot)
-        console.print(_headline(run))
-        accelerator.wait_for_everyone()  # before the first process writes what the others look for
-        with _compilation(run), stop_requests() as stop_asked:
-            _begin(run, anew=snapshot is None)
-            while run.progress.epoch < recipe.optim.epochs and not run.progress.stopped:
-                _train_epoch(run, stop_asked)
-                _end_epoch(run)
-                _check_stop(run, stop_asked)
-        if run.progress.stopped:
-            console.print(f"stopped after epoch {run.progress.epoch}: {run.progress.stopped}")
-        accelerator.wait_for_everyone()
-        return conclude(run)
+        snapshot = find_snapshot(recipe, accelerator, console)
+        return Trainer.prepare(recipe, accelerator, console).fit(snapshot)
     finally:
         accelerator.end_training()
 
 
-def _check_output(recipe: Recipe) -> None:
-    """Refuse an output folder that must not be written to."""
-    output = recipe.folder
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output} is a file, but results need a folder; choose another with --output")
-    present = [name for name in _RESULTS if (output / name).exists()]
-    if not present or recipe.overwrite or (recipe.resume and "metrics.jsonl" in present):
-        return
-    if "metrics.jsonl" in present:
-        raise FileExistsError(
-            f"{output} holds a training run; go on with it by --resume=true, replace it by --overwrite=true, or choose "
-            "another folder with --output"
-        )
-    raise FileExistsError(
-        f"{output} holds {', '.join(present)}, which no run here has made and this one would replace; choose another "
-        "folder with --output, or replace them by --overwrite=true"
-    )
+@dataclass(eq=False, repr=False, kw_only=True)
+class Trainer:
+    """One training run: `prepare` makes it, `fit` tells its story.
 
+    Attributes:
+        recipe: says how to train.
+        accelerator: device, precision and processes.
+        timm_model: the model that is trained, in timm's convention.
+        prepared: the same in pixel space, as Accelerate wrapped it.
+        optimizer: as Accelerate wrapped it.
+        schedule: of the learning rate.
+        ema: the averaged copy of `timm_model`, if asked for.
+        whole: a copy of `timm_model` that is not sharded, under FSDP; brought up to date after each epoch.
+        objective: the training method.
+        attack: at full eps.
+        folding: pairs of layers that are folded while the model is attacked.
+        data: training images.
+        extra: images mixed into each batch, if asked for.
+        held_out: images that choose the best model.
+        console: prints on the main process alone.
+        steps_per_epoch: optimisation steps of an epoch.
+        progress: how far the run is.
+        sums: of each metric over the steps of the current epoch, on this process.
+    """
 
-def _find_snapshot(recipe: Recipe, accelerator: Accelerator, console: Console) -> Snapshot | None:
-    """What to resume from, if that is asked for and there is something; the same on every process."""
-    if not recipe.resume:
-        return None
-    snapshot = checkpoints_of(recipe).load_newest(lambda problem: console.print(f"warning: {problem}"))
-    step = -1 if snapshot is None else snapshot[1]["progress"]["step"]
-    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise ValueError(
-            f"the processes found different checkpoints in {recipe.output} (steps {steps}); it must be a folder that "
-            "all of them share"
-        )
-    if snapshot is None:
-        _check_nothing_is_lost(recipe)
-        console.print(f"there is no checkpoint in {recipe.output} yet: the run starts from its beginning")
-    return snapshot
+    recipe: Recipe
+    accelerator: Accelerator
+    timm_model: nn.Module
+    prepared: nn.Module
+    optimizer: AcceleratedOptimizer
+    schedule: Scheduler
+    ema: ModelEmaV3 | None
+    whole: nn.Module | None
+    objective: Objective
+    attack: Attack
+    folding: Folding
+    data: Images
+    extra: ImageData | None
+    held_out: Images
+    console: Console
+    steps_per_epoch: int
+    progress: Progress = field(default_factory=Progress)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def prepare(cls, recipe: Recipe, accelerator: Accelerator, console: Console) -> Trainer:
+        """Read the data, build the model from the seed, and move both to the device.
 
-def _check_nothing_is_lost(recipe: Recipe) -> None:
-    """Refuse to begin anew where a run got further than its first checkpoint, which somebody has removed."""
-    metrics = recipe.folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    if len(lines) > 1 or (recipe.folder / "report.json").exists():
-        raise FileExistsError(
-            f"{recipe.output} holds a run without checkpoints, which cannot be resumed; replace it by --overwrite=true "
-            "or choose another folder with --output"
-        )
-
-
-def prepare(recipe: Recipe, accelerator: Accelerator, console: Console) -> Run:
-    """Read the data, build the model from the seed, and hand both to the devices."""
-    progress, device = accelerator.is_main_process, accelerator.device
-    data, held_out = recipe.data.build(seed=recipe.seed, progress=progress)
-    extra = recipe.data.build_extra(data.classes, data.image_size, progress=progress)
-    _check_test_split(recipe, data)
-    steps_per_epoch = _steps_per_epoch(recipe, len(data), len(held_out), accelerator.num_processes)
-    torch.manual_seed(recipe.seed)
-    timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
-    timm_model.pretrained_cfg["label_names"] = list(data.classes)
-    if recipe.gradient_checkpointing:
-        _checkpoint_gradients(timm_model)
-    if recipe.channels_last:
-        timm_model = timm_model.to(memory_format=torch.channels_last)
-    if recipe.batch_norm == "sync":
-        timm_model = reattach(convert_sync_batchnorm(timm_model))
-    timm_model.to(device)
-    optimizer = recipe.optim.build(timm_model)
-    options = recipe.optim
-    ema = ModelEmaV3(timm_model, options.ema_decay, use_warmup=options.ema_warmup) if options.ema_decay else None
-    objective = recipe.objective.build().begin(PixelModel(timm_model).to(device))
-    whole = copy.deepcopy(timm_model) if accelerator.distributed_type == DistributedType.FSDP else None
-    if recipe.compile is not None:
-        timm_model.compile(backend=recipe.compile)
-    prepared, optimizer = accelerator.prepare(PixelModel(timm_model).to(device), optimizer)
-    return Run(
-        recipe=recipe,
-        accelerator=accelerator,
-        timm_model=timm_model,
-        prepared=prepared,
-        optimizer=optimizer,
-        schedule=recipe.optim.build_schedule(optimizer, steps_per_epoch),
-        ema=ema,
-        whole=whole,
-        objective=objective,
-        attack=recipe.attack.build(),
-        folding=Folding()
-        if whole is not None
-        else find_folding(unwrapped(prepared), torch.zeros(1, *data.image_size, device=device)),
-        data=data.to(device),
-        extra=None if extra is None else extra.to(device),
-        held_out=held_out.to(device),
-        console=console,
-        steps_per_epoch=steps_per_epoch,
-    )
-
-
-def _check_test_split(recipe: Recipe, data: Images) -> None:
-    """Open the test images that are wanted at the end; ValueError if they are not there or of another kind."""
-    if not recipe.evaluation.attacks:
-        return
-    one = dataclasses.replace(recipe.data, limit_test=1).build_test(data.classes, progress=False)
-    if one.image_size[0] != data.image_size[0]:
-        raise ValueError(
-            f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "
-            "data.channels"
+        Raises:
+            ValueError: data, model and recipe do not fit together.
+            FileNotFoundError: there is no such model or data.
+        """
+        device, options = accelerator.device, recipe.optim
+        data, extra, held_out = read_images(recipe, accelerator)
+        steps_per_epoch = count_steps(recipe, len(data), len(held_out), accelerator.num_processes)
+        timm_model = build_model(recipe, data, device)
+        optimizer = options.build(timm_model)
+        ema = ModelEmaV3(timm_model, options.ema_decay, use_warmup=options.ema_warmup) if options.ema_decay else None
+        objective = recipe.objective.build().begin(PixelModel(timm_model).to(device))
+        whole = copy.deepcopy(timm_model) if accelerator.distributed_type == DistributedType.FSDP else None
+        if recipe.compile is not None:
+            timm_model.compile(backend=recipe.compile)
+        prepared, optimizer = accelerator.prepare(PixelModel(timm_model).to(device), optimizer)
+        return cls(
+            recipe=recipe,
+            accelerator=accelerator,
+            timm_model=timm_model,
+            prepared=prepared,
+            optimizer=optimizer,
+            schedule=options.build_schedule(optimizer, steps_per_epoch),
+            ema=ema,
+            whole=whole,
+            objective=objective,
+            attack=recipe.attack.build(),
+            folding=Folding()
+            if whole is not None
+            else find_folding(unwrapped(prepared), torch.zeros(1, *data.image_size, device=device)),
+            data=data,
+            extra=extra,
+            held_out=held_out,
+            console=console,
+            steps_per_epoch=steps_per_epoch,
         )
 
+    def fit(self, snapshot: Snapshot | None = None) -> nn.Module:
+        """Train to the end, evaluate the best model and return it. The errors are those of `train`.
 
-def _steps_per_epoch(recipe: Recipe, images: int, held_out: int, processes: int) -> int:
-    """Steps of an epoch; ValueError if images or batches do not divide among the processes."""
-    batch_size, parts = recipe.optim.batch_size, processes * recipe.optim.accumulate
-    if batch_size % parts:
-        raise ValueError(
-            f"optim.batch_size={batch_size} does not divide among {processes} processes with "
-            f"optim.accumulate={recipe.optim.accumulate}; make it a multiple of {parts}"
-        )
-    if held_out < processes:
-        raise ValueError(
-            f"{held_out} held-out image(s) do not give each of {processes} processes one; raise data.held_out"
-        )
-    steps = epoch_steps(images, batch_size // processes, world_size=processes)
-    if steps == 0:
-        raise ValueError(f"{images} training images do not fill a batch of {batch_size}; lower optim.batch_size")
-    return steps
+        Args:
+            snapshot: tensors and values of a checkpoint to resume from; None: start from the beginning.
+        """
+        if snapshot is not None:
+            self.restore(*snapshot)
+        self.console.print(str(self))
+        self.accelerator.wait_for_everyone()  # before the first process writes what the others look for
+        with compilation(self.recipe.compile), stop_requests() as stop_asked:
+            self._begin(new=snapshot is None)
+            while self.progress.epoch < self.recipe.optim.epochs and not self.progress.stopped:
+                self._train_epoch(stop_asked)
+                ended = time.perf_counter()
+                metrics, best = self._training_metrics(), False
+                if self._validation_is_due():
+                    self.save_checkpoint()  # validation may take long, or find that the model returns NaN
+                    metrics |= self.validate()
+                    best = self._judge(metrics)
+                self._keep_model(best=best)
+                self._finish_epoch(metrics, ended)
+                self.save_checkpoint()
+                self._check_stop(stop_asked)
+        if self.progress.stopped:
+            self.console.print(f"stopped after epoch {self.progress.epoch}: {self.progress.stopped}")
+        self.accelerator.wait_for_everyone()
+        return self._conclude()
 
+    def restore(self, tensors: dict[str, Any], values: dict[str, Any]) -> None:
+        """Go to where a checkpoint was taken, in a run that was just prepared.
 
-def _checkpoint_gradients(timm_model: Any) -> None:
-    """Switch timm's gradient checkpointing on; ValueError for a model that has none."""
-    try:
-        timm_model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"{type(timm_model).__name__} has no gradient checkpointing in timm; leave out gradient_checkpointing and "
-            "raise optim.accumulate to save memory"
-        ) from error
+        Raises:
+            ValueError: the checkpoint belongs to another recipe, other data, or another number of processes.
+        """
+        check_identity(values["identity"], self._identity(), self.recipe, self.console)
+        self._state().load_state_dict(tensors)
+        self.progress = Progress.load(values["progress"])
+        self.sums = scatter_sums(tensors["sums"], self.accelerator)
 
+    def take_step(self, images: Tensor, labels: Tensor, *, stop_asked: Callable[[], bool] = lambda: False) -> None:
+        """Train on one batch of this process, already augmented.
 
-def _begin(run: Run, *, anew: bool) -> None:
-    """Make the output folder ready: cleared for a new run, and with the recipe in it."""
-    if run.accelerator.is_main_process:
-        folder = run.recipe.folder
-        for path in (folder / name for name in reversed(_RESULTS) if anew):  # what names it a run goes last
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        write_text(folder / "recipe.yaml", dataclasses.replace(run.recipe, resume=False, overwrite=False).to_yaml())
-    begin_tracking(run)
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            labels: (N,).
+            stop_asked: whether this process was told to stop; if any process was, all of them stop.
 
+        Raises:
+            FloatingPointError: the loss or the gradient is NaN or infinite and the recipe says to stop, or this
+                happened too often in a row; the state before this step is saved.
+            InterruptedRunError: a stop was asked for; the state after this step is saved.
+        """
+        progress = self.progress
+        epoch, index = divmod(progress.step, self.steps_per_epoch)
+        self.schedule.step_update(progress.step)
+        result = self._step(epoch, index).take(images, labels, stop_asked=stop_asked)
+        if result.undone:
+            self._skip_or_stop(result, f"step {index + 1} of epoch {epoch + 1}")
+        else:
+            self._count(result)
+        progress.step += 1
+        if self.ema is not None and not result.undone:
+            self.ema.update(self.timm_model, step=progress.step if self.recipe.optim.ema_warmup else None)
+        if result.stop:
+            self.save_checkpoint()
+            raise InterruptedRunError(
+                f"stopped by SIGTERM after step {index + 1} of epoch {epoch + 1}; the run is saved, go on with "
+                "--resume=true"
+            )
 
-def _train_epoch(run: Run, stop_asked: Callable[[], bool]) -> None:
-    """What is left of the current epoch's pass over the training images."""
-    recipe, accelerator, progress = run.recipe, run.accelerator, run.progress
-    done = progress.step - progress.epoch * run.steps_per_epoch
-    batches = training_batches(
-        run.data,
-        batch_size=recipe.optim.batch_size // accelerator.num_processes,
-        seed=recipe.seed,
-        epoch=progress.epoch,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        start_step=done,
-        augmentation=recipe.data.augmentation(),
-        extra=run.extra,
-        extra_fraction=recipe.data.extra_fraction,
-    )
-    run.prepared.train()
-    since, started = progress.seconds, time.perf_counter()
-    with bar(run.console, f"epoch {progress.epoch + 1}/{recipe.optim.epochs}", run.steps_per_epoch) as show:
-        for step, (images, labels) in enumerate(batches, start=done + 1):
-            if recipe.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            take_step(run, images, labels, stop_asked=stop_asked)
-            progress.seconds = since + time.perf_counter() - started
-            if step % _SHOW_EVERY == 0 or step == run.steps_per_epoch:
-                show(step, describe(_means(run)))
-            every = recipe.checkpoint.every_steps
-            if every and progress.step % every == 0 and step < run.steps_per_epoch:  # the epoch's end saves too
-                save_checkpoint(run)
+    def validate(self) -> dict[str, float]:
+        """Accuracies of the judged model on the held-out images; see `validation.validate`."""
+        one_step = is_one_step(self.attack) and self.recipe.evaluation.overfitting_alarm
+        return validate(self.judged, self.held_out, self.recipe, self.accelerator, one_step=one_step)
 
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint from which `restore` continues to the bit. Every process has to call this."""
+        tensors = {**self._state().state_dict(), "sums": gather_sums(self.sums, self.accelerator)}
+        if self.accelerator.is_main_process:
+            values = {"progress": dataclasses.asdict(self.progress), "identity": self._identity()}
+            checkpoints_of(self.recipe).save(self.progress.step, tensors, values)
 
-def _end_epoch(run: Run) -> None:
-    """Validate, keep the best and the last model, log, and save a checkpoint."""
-    recipe, accelerator, progress = run.recipe, run.accelerator, run.progress
-    started = time.perf_counter()
-    metrics = _means(run, reduced=True)
-    due = progress.epoch + 1 == recipe.optim.epochs or (progress.epoch + 1) % recipe.evaluation.validate_every == 0
-    if due:
-        save_checkpoint(run)  # the validation may take long, or find that the model returns NaN
-    metrics["lr"] = max(group["lr"] for group in run.optimizer.param_groups)
-    if recipe.attack.warmup_epochs:
-        metrics["eps"] = recipe.attack.eps_at(progress.epoch + 1)
-    progress.epoch += 1
-    best = False
-    refresh_whole(run)
-    if due:
-        metrics |= validate(run)
-        best = judge(run, metrics)
-    if accelerator.is_main_process:
-        for name in ("best", "last") if best else ("last",):
-            save_pretrained(run.judged, recipe.folder / name)
-    if progress.skipped:
-        metrics["skipped_steps"] = float(progress.skipped)
-    metrics["seconds"] = progress.seconds + time.perf_counter() - started
-    log_epoch(run, metrics)
-    run.sums.clear()
-    progress.counted = progress.skipped = 0
-    progress.seconds = 0.0
-    save_checkpoint(run)
-
-
-def _check_stop(run: Run, stop_asked: Callable[[], bool]) -> None:
-    """Raise InterruptedRunError if SIGTERM came while the epoch was ended, which is saved by now."""
-    _, stop = agreed(run, torch.zeros((), device=run.accelerator.device), stop_asked())
-    if stop:
-        raise InterruptedRunError(
-            f"stopped by SIGTERM after epoch {run.progress.epoch}; the run is saved, go on with --resume=true"
+    def __str__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.timm_model.parameters())
+        precision = {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
+        where = f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, {precision}"
+        begun = f", resumed after step {self.progress.step}" if self.progress.step else ""
+        return (
+            f"{self.label} ({parameters / 1e6:.2f} M parameters) on {len(self.data)} images of {self.data.name}, "
+            f"{where}{begun}"
         )
 
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is validated and saved: the averaged one if there is one, never a sharded one."""
+        if self.whole is not None:
+            return self.whole
+        return self.timm_model if self.ema is None else self.ema.module
 
-def _means(run: Run, *, reduced: bool = False) -> dict[str, float]:
-    """The mean of each metric over the steps counted so far: of this process, or of all."""
-    sums = {k: run.accelerator.reduce(v, "mean") for k, v in run.sums.items()} if reduced else run.sums
-    return {name: float(value) / run.progress.counted for name, value in sums.items()}
+    @property
+    def label(self) -> str:
+        """The registered name of the model, such as "resnet18_cifar_fsr"."""
+        return (getattr(self.timm_model, "pretrained_cfg", None) or {}).get("architecture") or self.recipe.model.name
 
-
-@contextlib.contextmanager
-def _compilation(run: Run) -> Iterator[None]:
-    """Compile as asked for, or fail: torch.compile by itself falls back to uncompiled code in silence."""
-    if run.recipe.compile is None:
-        yield
-        return
-    import torch._dynamo
-
-    if torch._dynamo.config.disable:
-        raise ValueError(
-            f"compile={run.recipe.compile} was asked for, but torch.compile is switched off; unset "
-            "TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE, or leave out compile"
+    def _identity(self) -> dict[str, Any]:
+        images = [self.data] if self.extra is None else [self.data, self.extra]
+        return identity(
+            self.recipe,
+            processes=self.accelerator.num_processes,
+            fingerprints=[found.fingerprint for found in images],
+            teacher=self._teacher,
         )
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=_COMPILED_VARIANTS):
-        yield
 
+    @functools.cached_property
+    def _teacher(self) -> str | None:
+        """Checksum of the weights that the objective learns from, if it has a teacher."""
+        return None if self.objective.teacher is None else weights_digest(self.objective.teacher)
 
-def _headline(run: Run) -> str:
-    parameters = sum(parameter.numel() for parameter in run.timm_model.parameters())
-    precision = {"no": "float32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
-    where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device.type}, {precision}"
-    begun = f", resumed after step {run.progress.step}" if run.progress.step else ""
-    return (
-        f"{model_label(run)} ({parameters / 1e6:.2f} M parameters) on {len(run.data)} images of {run.data.name}, "
-        f"{where}{begun}"
-    )
+    def _state(self) -> TrainingState:
+        return TrainingState(
+            model=self.timm_model,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            scaler=self.accelerator.scaler,
+            sharded=self.whole is not None,
+        )
+
+    def _begin(self, *, new: bool) -> None:
+        """Make the output folder and the trackers ready."""
+        if self.accelerator.is_main_process:
+            begin_output(self.recipe, new=new)
+        begin_tracking(self.recipe, self.accelerator, lines=self.progress.lines)
+
+    def _train_epoch(self, stop_asked: Callable[[], bool]) -> None:
+        """Train on the rest of the current epoch's batches."""
+        progress, options = self.progress, self.recipe
+        done = progress.step - progress.epoch * self.steps_per_epoch
+        self.prepared.train()
+        since, started = progress.seconds, time.perf_counter()
+        with bar(self.console, f"epoch {progress.epoch + 1}/{options.optim.epochs}", self.steps_per_epoch) as show:
+            for step, (images, labels) in enumerate(self._batches(done), start=done + 1):
+                if options.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                self.take_step(images, labels, stop_asked=stop_asked)
+                progress.seconds = since + time.perf_counter() - started
+                if step % _SHOW_EVERY == 0 or step == self.steps_per_epoch:
+                    show(step, describe(self._means(self.sums)))
+                every = options.checkpoint.every_steps
+                if every and progress.step % every == 0 and step < self.steps_per_epoch:  # the epoch's end saves too
+                    self.save_checkpoint()
+        if self.whole is not None:
+            gather_weights(self.timm_model, into=self.whole)
+
+    def _batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of this process in the current epoch, from the given step on."""
+        return training_batches(
+            self.data,
+            batch_size=self.recipe.optim.batch_size // self.accelerator.num_processes,
+            seed=self.recipe.seed,
+            epoch=self.progress.epoch,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            start_step=start_step,
+            augmentation=self.recipe.data.augmentation(),
+            extra=self.extra,
+            extra_fraction=self.recipe.data.extra_fraction,
+        )
+
+    def _step(self, epoch: int, index: int) -> Step:
+        attack, options = self.attack, self.recipe.attack
+        if options.warmup_epochs:
+            attack = attack.with_eps(options.eps_at(epoch + index / self.steps_per_epoch))
+        return Step(
+            recipe=self.recipe,
+            accelerator=self.accelerator,
+            timm_model=self.timm_model,
+            prepared=self.prepared,
+            optimizer=self.optimizer,
+            objective=self.objective,
+            attack=attack,
+            folding=self.folding,
+            epoch=epoch,
+            index=index,
+        )
+
+    def _skip_or_stop(self, result: StepResult, place: str) -> None:
+        """Count a step that was undone; raise if the recipe or the number of such steps says so."""
+        progress = self.progress
+        expected = not result.broken  # fp16 overflows now and then, until the scale of its gradients is found
+        where = f"the loss or its gradient became NaN or infinite in {place}"
+        skips = expected or self.recipe.optim.nonfinite == "skip"
+        if skips and progress.skipped_in_a_row + 1 < MOST_SKIPPED:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            if not expected:
+                self.console.print(f"warning: {where}; the step is skipped")
+            return
+        self.save_checkpoint()  # the state before this step, which is whole
+        raise FloatingPointError(
+            f"{where}; the state before it is saved. Go on with --resume=true --optim.nonfinite=skip, or start again "
+            "with a lower optim.lr or attack.eps, with clipped gradients (optim.clip_grad), or in float32 "
+            "(mixed_precision='no')"
+        )
+
+    def _count(self, result: StepResult) -> None:
+        self.progress.skipped_in_a_row = 0
+        self.progress.counted += 1
+        for name, value in result.metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """The mean of each metric over the steps that were counted."""
+        return {name: float(value) / self.progress.counted for name, value in sums.items()}
+
+    def _training_metrics(self) -> dict[str, float]:
+        """Means over the epoch and all processes, the learning rate, and eps while it rises."""
+        metrics = self._means({name: self.accelerator.reduce(value, "mean") for name, value in self.sums.items()})
+        metrics["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        if self.recipe.attack.warmup_epochs:
+            metrics["eps"] = self.recipe.attack.eps_at(self.progress.epoch + 1)
+        return metrics
+
+    def _validation_is_due(self) -> bool:
+        epoch = self.progress.epoch + 1
+        return epoch == self.recipe.optim.epochs or epoch % self.recipe.evaluation.validate_every == 0
+
+    def _judge(self, metrics: dict[str, float]) -> bool:
+        """Whether the epoch that is ending is the best so far. May decide that the run stops with it."""
+        best, self.progress.stopped = judge(
+            metrics,
+            self.progress.selection,
+            epoch=self.progress.epoch + 1,
+            patience=self.recipe.evaluation.patience,
+        )
+        return best
+
+    def _keep_model(self, *, best: bool) -> None:
+        if self.accelerator.is_main_process:
+            for name in ("best", "last") if best else ("last",):
+                save_pretrained(self.judged, self.recipe.folder / name)
+
+    def _finish_epoch(self, metrics: dict[str, float], ended: float) -> None:
+        """Count the epoch, log its metrics, and clear them for the next one.
+
+        Args:
+            metrics: of training and validation; completed here.
+            ended: when its last step ended, by `time.perf_counter`.
+        """
+        progress = self.progress
+        progress.epoch += 1
+        if progress.skipped:
+            metrics["skipped_steps"] = float(progress.skipped)
+        metrics["seconds"] = progress.seconds + time.perf_counter() - ended
+        log_epoch(metrics, progress, recipe=self.recipe, accelerator=self.accelerator, console=self.console)
+        self.sums.clear()
+        progress.counted = progress.skipped = 0
+        progress.seconds = 0.0
+
+    def _check_stop(self, stop_asked: Callable[[], bool]) -> None:
+        """Raise InterruptedRunError if SIGTERM came after the last step; the whole epoch is saved by now."""
+        _, stop = agreed(self.accelerator, torch.zeros((), device=self.accelerator.device), stop_asked())
+        if stop:
+            raise InterruptedRunError(
+                f"stopped by SIGTERM after epoch {self.progress.epoch}; the run is saved, go on with --resume=true"
+            )
+
+    def _conclude(self) -> nn.Module:
+        """Evaluate the best model, and save the report and the plot."""
+        return conclude(
+            FinishedRun(
+                recipe=self.recipe,
+                accelerator=self.accelerator,
+                console=self.console,
+                label=self.label,
+                objective=self.objective,
+                attack=self.attack,
+                data=self.data,
+                held_out=self.held_out,
+                progress=self.progress,
+            )
+        )

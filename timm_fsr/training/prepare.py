@@ -1,0 +1,111 @@
+"""What training starts from: images, the number of steps, and a model with its first weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.sampling import epoch_steps
+from timm_fsr.data.streaming import Images
+from timm_fsr.hooks.attach import reattach
+from timm_fsr.training.recipe import Recipe
+
+_COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
+
+
+def read_images(recipe: Recipe, accelerator: Accelerator) -> tuple[Images, ImageData | None, Images]:
+    """Training images, extra ones if the recipe has any, and held-out images, on the device.
+
+    Args:
+        recipe: names them.
+        accelerator: the device; the main process shows progress.
+
+    Raises:
+        ValueError: there are too few images, or the test images for the final report do not fit.
+        FileNotFoundError: there is no such data.
+    """
+    progress, device = accelerator.is_main_process, accelerator.device
+    data, held_out = recipe.data.build(seed=recipe.seed, progress=progress)
+    extra = recipe.data.build_extra(data.classes, data.image_size, progress=progress)
+    _check_test_split(recipe, data)
+    return data.to(device), None if extra is None else extra.to(device), held_out.to(device)
+
+
+def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> int:
+    """Steps of an epoch; ValueError if the processes cannot share the images or a batch."""
+    batch_size, parts = recipe.optim.batch_size, processes * recipe.optim.accumulate
+    if batch_size % parts:
+        raise ValueError(
+            f"optim.batch_size={batch_size} does not divide among {processes} processes with "
+            f"optim.accumulate={recipe.optim.accumulate}; make it a multiple of {parts}"
+        )
+    if held_out < processes:
+        raise ValueError(
+            f"{held_out} held-out image(s) do not give each of {processes} processes one; raise data.held_out"
+        )
+    steps = epoch_steps(images, batch_size // processes, world_size=processes)
+    if steps == 0:
+        raise ValueError(f"{images} training images do not fill a batch of {batch_size}; lower optim.batch_size")
+    return steps
+
+
+def build_model(recipe: Recipe, data: Images, device: torch.device) -> nn.Module:
+    """The timm model with its first weights, which the seed decides, on `device`."""
+    torch.manual_seed(recipe.seed)
+    timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
+    timm_model.pretrained_cfg["label_names"] = list(data.classes)
+    if recipe.gradient_checkpointing:
+        _checkpoint_gradients(timm_model)
+    if recipe.channels_last:
+        timm_model = timm_model.to(memory_format=torch.channels_last)
+    if recipe.batch_norm == "sync":
+        timm_model = reattach(convert_sync_batchnorm(timm_model))
+    return timm_model.to(device)
+
+
+@contextmanager
+def compilation(backend: str | None) -> Iterator[None]:
+    """Compile with this backend while the block runs, or fail: torch.compile itself would silently not compile."""
+    if backend is None:
+        yield
+        return
+    import torch._dynamo
+
+    if torch._dynamo.config.disable:
+        raise ValueError(
+            f"compile={backend} was asked for, but torch.compile is switched off; unset "
+            "TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE, or leave out compile"
+        )
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=_COMPILED_VARIANTS):
+        yield
+
+
+def _check_test_split(recipe: Recipe, data: Images) -> None:
+    """Open the test images that the final report needs; ValueError if they are missing or of another kind."""
+    if not recipe.evaluation.attacks:
+        return
+    one = dataclasses.replace(recipe.data, limit_test=1).build_test(data.classes, progress=False)
+    if one.image_size[0] != data.image_size[0]:
+        raise ValueError(
+            f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "
+            "data.channels"
+        )
+
+
+def _checkpoint_gradients(timm_model: Any) -> None:
+    """Switch timm's gradient checkpointing on; ValueError for a model that has none."""
+    try:
+        timm_model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"{type(timm_model).__name__} has no gradient checkpointing in timm; leave out gradient_checkpointing and "
+            "raise optim.accumulate to save memory"
+        ) from error
