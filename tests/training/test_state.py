@@ -30,6 +30,7 @@ FREE = {
     "data.extra_source": "elsewhere.npz",
     "evaluation.attacks": "[pgd7]",
     "optim.nonfinite": "skip",
+    "imports": "[own.py]",
 }
 BINDING = {
     "seed": "5",
@@ -138,6 +139,10 @@ class TestRestore:
         assert "'torch': '1.0'" in out
         assert "may differ from those of an uninterrupted run" in out
         assert len(metrics(ended)) == 2
+
+    def test_a_run_from_before_a_key_existed_goes_on(self, ended, monkeypatch):
+        """Its recipe says nothing of `attack.args`, which was {} then."""
+        resumed(monkeypatch, ended, lambda values: values["identity"]["recipe"].pop("attack.args"))
 
     def test_the_same_versions_are_not_mentioned(self, ended, monkeypatch, capsys):
         resumed(monkeypatch, ended, lambda values: None)

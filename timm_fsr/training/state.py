@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from timm_fsr.reports.comparison import is_free
+from timm_fsr.reports.comparison import IMPLICIT, is_free
 from timm_fsr.training.checkpoint import Checkpoints
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.version import __version__
@@ -196,9 +196,10 @@ def check_identity(saved: dict[str, Any], mine: dict[str, Any], recipe: Recipe, 
         ValueError: the checkpoint belongs to another recipe, other data, or another number of processes.
     """
     keys = sorted(saved["recipe"].keys() | mine["recipe"].keys())
-    changed = [key for key in keys if saved["recipe"].get(key) != mine["recipe"].get(key)]
+    values = {key: (saved["recipe"].get(key, IMPLICIT.get(key)), mine["recipe"].get(key)) for key in keys}
+    changed = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
     if changed:
-        changes = ", ".join(f"{k} ({saved['recipe'].get(k)} -> {mine['recipe'].get(k)})" for k in changed)
+        changes = ", ".join(f"{key} ({before} -> {now})" for key, (before, now) in changed.items())
         raise ValueError(
             f"{recipe.output} holds a run by another recipe: {changes}; resume it with its own recipe.yaml, or "
             "train this one into another --output"
