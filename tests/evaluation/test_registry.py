@@ -18,7 +18,6 @@ from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.model_checks import Soundness, examine
 from timm_fsr.evaluation.registry import (
     ENSEMBLE,
-    EXPENSIVE,
     OFFICIAL,
     Target,
     _plain,
@@ -28,6 +27,7 @@ from timm_fsr.evaluation.registry import (
 )
 from timm_fsr.evaluation.stages import Stage, Suite
 from timm_fsr.models.weights import model_digest
+from timm_fsr.reports.comparison import STRONG_ATTACKS
 
 pytest.importorskip("pyautoattack")
 
@@ -136,7 +136,7 @@ class TestNames:
         assert not any(stage.reuse for stage in standard.stages)  # the reference's result, whatever ran before
 
     def test_what_is_no_weak_attack(self):
-        for name in EXPENSIVE:
+        for name in STRONG_ATTACKS:
             check_names([name], "linf", EPS)
 
 

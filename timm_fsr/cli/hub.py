@@ -20,6 +20,7 @@ from timm_fsr.models.conversion import PLAIN, convert_checkpoint, read_foreign
 from timm_fsr.models.pretrained import CARD, REPORT, Pretrained, list_pretrained
 from timm_fsr.models.saving import save_pretrained
 from timm_fsr.models.weights import CONFIG
+from timm_fsr.reports.comparison import STRONG_ATTACKS
 from timm_fsr.reports.report import Report
 from timm_fsr.utils.files import staged, write_text
 
@@ -164,7 +165,7 @@ def _card_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _row(entry: Pretrained) -> dict[str, Any]:
     report = Report.load(entry.folder / REPORT)
-    strong = [name for name in ("autoattack", "adaptive") if name in report.correct]
+    strong = [name for name in STRONG_ATTACKS if name in report.correct]
     return {
         "name": entry.name,
         "data": report.conditions.get("data", ""),

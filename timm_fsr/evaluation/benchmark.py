@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -23,7 +22,8 @@ from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.examples import draw_examples
 from timm_fsr.evaluation.gradient_masking import gather_evidence
 from timm_fsr.evaluation.inference import BATCH_SIZE, clean_logits
-from timm_fsr.models.pixel import base_model
+from timm_fsr.hooks.placement import pretrained_cfg_of
+from timm_fsr.models.pixel import base_model, device_of
 from timm_fsr.reports.page import Entry, render_page
 from timm_fsr.reports.report import Report
 from timm_fsr.reports.statistics import calibration
@@ -248,7 +248,7 @@ def check_classes(model: nn.Module, data: ImageData) -> None:
     Raises:
         ValueError: see there.
     """
-    known = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
+    known = pretrained_cfg_of(base_model(model)).get("label_names")
     if known and len(known) == data.num_classes and not _same_names(known, data.classes):
         raise ValueError(
             f"the model was trained on the classes {', '.join(map(str, known[:5]))}, ... but {data.name} has "
@@ -263,7 +263,7 @@ def _same_names(known: Sequence[str], found: Sequence[str]) -> bool:
 
 def _some(model: nn.Module, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
     """So many images, each class in its share, and their labels, on the model's device."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     chosen = data.subset(min(count, len(data)))
     images, labels = next(chosen.batches(len(chosen)))
     return images.to(device), labels.to(device)

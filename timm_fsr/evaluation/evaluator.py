@@ -33,7 +33,8 @@ from timm_fsr.evaluation.outcomes import (
 from timm_fsr.evaluation.registry import Target, build_suites, check_names
 from timm_fsr.evaluation.saved_images import AttackedBatch, keep_attacked, load_attacked, perturbed, save_attacked
 from timm_fsr.evaluation.stages import Stage, Suite
-from timm_fsr.models.pixel import as_pixel_model, base_model
+from timm_fsr.hooks.placement import pretrained_cfg_of
+from timm_fsr.models.pixel import as_pixel_model, base_model, device_of
 from timm_fsr.models.saving import weights_digest
 from timm_fsr.models.weights import model_digest
 from timm_fsr.reports.report import Report
@@ -124,7 +125,7 @@ def evaluate(
     if save_images and folder is None:
         raise ValueError("save_images needs a folder to keep the images in; give folder")
     pixel_model = as_pixel_model(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     sources = {key: as_pixel_model(source).to(device) for key, source in (transfer_from or {}).items()}
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     with ExitStack() as modes:
@@ -356,7 +357,7 @@ def _versions() -> dict[str, str]:
 
 
 def _conditions(model: nn.Module, name: str, data_name: str, device: torch.device, world: int) -> dict[str, Any]:
-    classes = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
+    classes = pretrained_cfg_of(base_model(model)).get("label_names")
     return {
         "model": name or type(model).__name__,
         "data": data_name,

@@ -18,13 +18,12 @@ from timm_fsr.attacks.pgd import FGSM, PGD
 from timm_fsr.evaluation.adaptive import adaptive_stages, transfer_stage
 from timm_fsr.evaluation.model_checks import Soundness
 from timm_fsr.evaluation.stages import Stage, Suite
+from timm_fsr.reports.comparison import STRONG_ATTACKS
 from timm_fsr.utils.errors import unknown
 
 ALIASES = {"standard": "autoattack"}
 OFFICIAL = ("official-fgsm", "official-pgd20", "official-pgd100", "official-cw30")
 ENSEMBLE = "official-ensemble"
-EXPENSIVE = ("autoattack", "plus", "rand", "adaptive")
-"""Attacks whose result is no longer called an upper bound by a weak attack."""
 
 _EXAMPLES = [
     "fgsm",
@@ -36,7 +35,7 @@ _EXAMPLES = [
     "transfer",
     *COMPONENTS,
     "standard",
-    *EXPENSIVE,
+    *STRONG_ATTACKS,
 ]
 _NUMBERED = re.compile(r"(official-)?(pgd|cw|apgd)([1-9]\d*)(?:x([1-9]\d*))?")
 

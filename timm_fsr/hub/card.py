@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg
 from timm_fsr.hub.bundle import Parts, publishable
 from timm_fsr.models.pretrained import CARD, list_pretrained
 from timm_fsr.models.weights import RECORD
-from timm_fsr.reports.comparison import STRONG, differences, layer_of, listed, mcnemar, same_keys
+from timm_fsr.reports.comparison import STRONG_ATTACKS, differences, layer_of, listed, mcnemar, same_keys
 from timm_fsr.reports.report import WORST_CASE, Report
 
 _ANEW = f"make it anew by timm-fsr card (FOLDER/{CARD} is pushed unchanged)"
@@ -137,7 +137,7 @@ def _model_facts(parts: Parts) -> dict[str, Any]:
         "classes": config.get("label_names") or pretrained_cfg.get("label_names"),
         "rows": [_row(report, name) for name in (*report.correct, WORST_CASE)],
         "adaptive": _stages(report, "adaptive"),
-        "strong": [name for name in STRONG if name in report.correct],
+        "strong": [name for name in STRONG_ATTACKS if name in report.correct],
         "findings": report.evidence.get("findings", []),
         "beyond": next(((eps, share) for eps, share in _radii(report) if eps > report.eps), None),
         "corruption": _mean_corruption(report),

@@ -20,6 +20,7 @@ from safetensors.torch import save, save_file
 from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
 from torch import Tensor, nn
 
+from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.layers import list_layers
 from timm_fsr.models.pixel import base_model
@@ -272,7 +273,7 @@ def _one_line(error: Exception) -> str:
 def _check_rebuildable(model: nn.Module) -> None:
     if len(layer_groups(model)) > 1:
         raise ValueError("a checkpoint can hold one kind of feature layer; detach and attach only one")
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    architecture = pretrained_cfg_of(model).get("architecture")
     if not architecture or not timm.is_model(architecture):
         raise ValueError(
             f"{type(model).__name__} cannot be rebuilt from a checkpoint: {architecture!r} is no registered timm "

@@ -24,8 +24,8 @@ FREE = (
 )
 _LAYER = ("model.layer", "model.layer_args", "model.at")
 
-STRONG = ("autoattack", "plus", "rand", "adaptive")
-"""Attacks without one of which a robust accuracy is only an upper bound."""
+STRONG_ATTACKS = ("autoattack", "plus", "rand", "adaptive")
+"""A robust accuracy that none of these attacks has tested is only an upper bound."""
 
 
 def layer_of(recipe: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from torch import nn
 from timm_fsr.data.streaming import Images
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE, hardware
+from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.saving import load, save_pretrained
 from timm_fsr.training.metrics import read_metrics
 from timm_fsr.training.state import Run
@@ -94,7 +95,7 @@ def _attack_label(run: Run) -> str:
 
 def model_label(run: Run) -> str:
     """The registered name of what is trained, such as "resnet18_cifar_fsr"."""
-    return (getattr(run.timm_model, "pretrained_cfg", None) or {}).get("architecture") or run.recipe.model.name
+    return pretrained_cfg_of(run.timm_model).get("architecture") or run.recipe.model.name
 
 
 def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str, best_epoch: int) -> None:
