@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from timm_fsr.data.streaming import Images
+from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE, hardware
 from timm_fsr.hooks.placement import pretrained_cfg_of

@@ -26,8 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from timm_fsr.attacks.base import Attack
 from timm_fsr.attacks.bn_folding import Folding
-from timm_fsr.data.dataset import ImageData
-from timm_fsr.data.streaming import Images
+from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.models.saving import weights_digest
 from timm_fsr.reports.comparison import is_free
 from timm_fsr.training.checkpoint import Checkpoints

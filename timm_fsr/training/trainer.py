@@ -19,8 +19,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from timm_fsr.attacks.bn_folding import Folding, find_folding
+from timm_fsr.data.dataset import Images
 from timm_fsr.data.sampling import epoch_steps, training_batches
-from timm_fsr.data.streaming import Images
 from timm_fsr.hooks.attach import reattach
 from timm_fsr.models.pixel import PixelModel
 from timm_fsr.models.saving import save_pretrained
