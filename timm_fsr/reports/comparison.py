@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm_fsr.layers import list_layers
-from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.reports.report import Report
 
 # None of it touches the arithmetic of training.
 FREE = (
@@ -82,6 +82,6 @@ def mcnemar(one: Report, other: Report, name: str) -> tuple[int, int, bool]:
 
     McNemar's test: under no difference, gains and losses are equally likely.
     """
-    first, second = (report.robust if name == WORST_CASE else report.correct[name] for report in (one, other))
+    first, second = (report.flags_of(name) for report in (one, other))
     gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
     return gained, lost, abs(gained - lost) > 1.96 * math.sqrt(max(1, gained + lost))

@@ -96,7 +96,7 @@ def _row(report: Report, name: str) -> dict[str, Any]:
     return {
         "name": name.replace("_", " "),
         "detail": _short(report.attacks.get(name, "")),
-        "accuracy": report.worst_case if name == WORST_CASE else report.accuracy[name],
+        "accuracy": report.accuracy_of(name),
         "low": low,
         "high": high,
         "stages": stages,
