@@ -102,6 +102,7 @@ def assess(
         raise ValueError(f"data is {type(data).__name__}; give what timm_fsr.load_data returns")
     check_extras(norm, evidence_images=evidence_images, corruption_images=corruption_images)
     folder = Path(folder)
+    training = {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
     say = announce or (lambda _: None)
     report = evaluate(
         model,
@@ -112,6 +113,7 @@ def assess(
         seed=seed,
         name=name,
         data_name=data.name,
+        conditions={"data_fingerprint": data.fingerprint, "classes": list(data.classes), **training},
         transfer_from=transfer_from,
         folder=folder,
         overwrite=overwrite,
@@ -121,10 +123,6 @@ def assess(
     )
     if accelerator is not None and not accelerator.is_main_process:
         return report
-    report.conditions.update({"data_fingerprint": data.fingerprint, "classes": list(data.classes)})
-    report.conditions.update(
-        {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
-    )
     report = _with_earlier(report, folder)
     say("calibration")
     report = dataclasses.replace(

@@ -80,6 +80,7 @@ def evaluate(
     seed: int = 0,
     name: str = "",
     data_name: str = "",
+    conditions: Mapping[str, Any] | None = None,
     transfer_from: Mapping[str, nn.Module] | None = None,
     folder: str | Path | None = None,
     overwrite: bool = False,
@@ -104,6 +105,7 @@ def evaluate(
         seed: of the random starts.
         name: of the model, for the report.
         data_name: of the data, for the report.
+        conditions: more to say in the report's conditions, as plain JSON values, such as how the model was trained.
         transfer_from: other models by name, whose adversarial images are tried by "adaptive" and "transfer".
         folder: where outcomes are noted as soon as they are known: the same evaluation, started again, goes on there.
         overwrite: replace what `folder` holds of another evaluation.
@@ -156,11 +158,10 @@ def evaluate(
                     work.evaluate_batch(index, images.to(device), labels.to(device))
     check_agreement(accelerator, seen.hexdigest()[:16], "images or labels")
     parts = [work.result()] if accelerator is None else gather_object([work.result()])
-    report = put_together(parts, norm, float(eps), seed)
+    about = {**_conditions(model, name, data_name, device, world), "model_digest": key["model"], **(conditions or {})}
+    report = put_together(parts, norm, float(eps), seed, about)
     if save_images and rank == 0:
         work.tidy(sum(len(part.batches) for part in parts))
-    own, found = _conditions(model, name, data_name, device, world), dict(report.conditions)
-    report.conditions.update({**own, **found, "model_digest": key["model"]})
     return report
 
 

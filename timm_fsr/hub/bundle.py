@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def read_parts(folder: str | Path) -> Parts:
     _check_recipe(recipe, folder / RECIPE)
     report = Report.load(folder / REPORT)
     report, recipe = publishable(report, recipe), without_paths(recipe, _paths(recipe, report))
-    report.conditions.pop("recipe", None)  # it has a file of its own
+    conditions = {key: value for key, value in report.conditions.items() if key != "recipe"}  # which has its own file
+    report = dataclasses.replace(report, conditions=conditions)
     return Parts(config, report, {key: value for key, value in recipe.items() if key != "output"})
 
 

@@ -48,13 +48,13 @@ def conclude(run: Run) -> nn.Module:
             seed=run.recipe.seed,
             name=model_label(run),
             data_name=test.name,
+            conditions=_training_conditions(run, test) if main else None,
             folder=output / "evaluation",  # a kill costs one attack on one batch
             overwrite=True,
             accelerator=run.accelerator,
             progress=lambda now: show(now.images, f"at most {100 * now.bound:.1f} % robust"),
         )
     if main:
-        report.conditions.update(_training_conditions(run, test))
         report.save(output / "report.json")
         save_pretrained(model, output / "best", report=report)
         run.console.print(f"{model_label(run)}: {report.summary()}\nresults in {output}")
