@@ -163,7 +163,7 @@ class TestRefusals:
     def test_unknown_names(self, name, message):
         for call in (
             lambda: check_names(["fgsm", name], "linf", EPS, sources=False),
-            lambda: build_suites([name], target()),
+            lambda: evaluate(Network(), [], attacks=["fgsm", name], eps=EPS),
         ):
             with pytest.raises(ValueError, match=message):
                 call()

@@ -106,12 +106,11 @@ def check_names(names: Sequence[str], norm: str, eps: float, *, sources: bool = 
 
 
 def build_suites(names: Sequence[str], target: Target) -> list[Suite]:
-    """The suites called `names` against `target`; "transfer" gives one for each source.
+    """The suites called `names`, which `check_names` has seen, against `target`; "transfer" gives one for each source.
 
     Raises:
-        ValueError, ModuleNotFoundError: see `check_names`.
+        ValueError: an attack does not fit the model's number of classes.
     """
-    check_names(names, target.norm, target.eps, sources=bool(target.sources))
     suites: list[Suite] = []
     for name in expand_names(names):
         if name in AUTOATTACK_SUITES:
