@@ -48,7 +48,7 @@ import timm_fsr
 from timm_fsr.evaluation.benchmark import assess, check_extras
 from timm_fsr.evaluation.registry import ENSEMBLE, expand_names
 from timm_fsr.hub.bundle import publishable, read_parts
-from timm_fsr.hub.card import check_card, check_repo_id, render_card
+from timm_fsr.hub.card import CardOptions, check_card, check_repo_id, render_card
 from timm_fsr.models.saving import load
 from timm_fsr.reports.comparison import mcnemar
 from timm_fsr.reports.report import WORST_CASE, Report
@@ -162,7 +162,7 @@ def release(entry: Entry, reports: Mapping[Entry, Report], base: Recipe, args: a
         load(str(best)) if dtype is None else model, folder, report=report, recipe=recipe, dtype=dtype
     )
     parts = read_parts(folder)
-    card = render_card(parts, repository, baseline=baseline)
+    card = render_card(parts, repository, CardOptions(baseline=baseline))
     remarks = [args.note] if args.note else []
     if len(args.seeds) > 1:
         seeds = ", ".join(map(str, sorted(args.seeds)))

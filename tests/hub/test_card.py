@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 import timm_fsr
 from timm_fsr.hub.bundle import Parts, read_parts
-from timm_fsr.hub.card import check_card, render_card
+from timm_fsr.hub.card import CardOptions, check_card, render_card
 from timm_fsr.models.pretrained import embedded_pretrained
 from timm_fsr.reports.report import Report
 from timm_fsr.training.options import ModelOptions
@@ -131,7 +131,7 @@ class TestText:
 
     def test_a_baseline_is_set_beside_it(self, tmp_path):
         correct = {"clean": flags("1110"), "pgd20": flags("0110"), "autoattack": flags("0110")}
-        text = render_card(parts(tmp_path), REPO, baseline=report(correct=correct))
+        text = render_card(parts(tmp_path), REPO, CardOptions(baseline=report(correct=correct)))
         assert "| worst case | 25.0 % | 50.0 % |" in text
         assert "1 images are gained and 2 lost, which is no more than chance explains" in text
 
@@ -150,13 +150,13 @@ class TestText:
     )
     def test_a_baseline_that_cannot_be_compared(self, tmp_path, changes, what):
         with pytest.raises(ValueError, match=f"the {what} of the baseline's report is .* evaluate both alike"):
-            render_card(parts(tmp_path), REPO, baseline=report(**changes))
+            render_card(parts(tmp_path), REPO, CardOptions(baseline=report(**changes)))
 
     def test_it_says_no_more_of_the_baseline_than_the_reports_do(self, tmp_path):
-        text = render_card(parts(tmp_path), REPO, baseline=report())
+        text = render_card(parts(tmp_path), REPO, CardOptions(baseline=report()))
         assert "\nSame epochs, attack, seed and images.\n" in text
         found, bare = tmp_path / "bare", report(conditions={})
-        assert "\nSame " not in render_card(parts(found, bare), REPO, baseline=bare)
+        assert "\nSame " not in render_card(parts(found, bare), REPO, CardOptions(baseline=bare))
 
     @pytest.mark.parametrize(
         ("section", "change", "message"),
@@ -176,26 +176,27 @@ class TestText:
         ours, theirs = full_recipe("fsr"), full_recipe(None)
         theirs[section] |= change
         with pytest.raises(ValueError, match=message):
-            render_card(parts(tmp_path, recipe=ours), REPO, baseline=trained_by(theirs))
+            render_card(parts(tmp_path, recipe=ours), REPO, CardOptions(baseline=trained_by(theirs)))
 
     def test_a_baseline_of_the_same_recipe_says_so(self, tmp_path):
         ours, theirs = full_recipe("fsr"), full_recipe(None)
         ours["model"] |= {"name": "resnet_tiny_cifar_fsr", "at": [-1], "layer_args": {"fsr": {"hidden": 4}}}
         theirs["data"]["workers"] = 3
-        text = render_card(parts(tmp_path, recipe=ours), REPO, baseline=trained_by(theirs))
+        text = render_card(parts(tmp_path, recipe=ours), REPO, CardOptions(baseline=trained_by(theirs)))
         assert "; the recipes differ in the layer alone.\n" in text
         assert "has not been checked" not in text
 
     def test_what_is_unknown_of_a_baseline_is_not_called_the_same(self, tmp_path):
         for number, baseline in enumerate((report(), trained_by({"model": {"name": "resnet_tiny_cifar"}}))):
-            text = render_card(parts(tmp_path / str(number), recipe=full_recipe("fsr")), REPO, baseline=baseline)
+            found = parts(tmp_path / str(number), recipe=full_recipe("fsr"))
+            text = render_card(found, REPO, CardOptions(baseline=baseline))
             assert "in the layer alone" not in text
             assert "does not carry a whole recipe" in text
 
     def test_a_model_is_not_its_own_baseline(self, tmp_path):
         own = report(conditions={**CONDITIONS, "weights_sha256": "abc"})
         with pytest.raises(ValueError, match="about the model's own weights; give the report of the training without"):
-            render_card(parts(tmp_path, own), REPO, baseline=own)
+            render_card(parts(tmp_path, own), REPO, CardOptions(baseline=own))
 
     def test_a_baseline_from_another_folder_of_the_same_data(self, tmp_path):
         """Where the data lay is cut from both, or neither."""
@@ -203,7 +204,7 @@ class TestText:
             report(conditions={"training_data": f"/{place}/my toys[train]", "data": f"/{place}/my toys[test]"})
             for place in ("here", "over there")
         )
-        assert "Same data." in render_card(parts(tmp_path, here), REPO, baseline=there)
+        assert "Same data." in render_card(parts(tmp_path, here), REPO, CardOptions(baseline=there))
 
     def test_a_plain_network(self, tmp_path):
         recipe = {**RECIPE, "model": {"name": "resnet_tiny_cifar", "layer": None}}
@@ -270,7 +271,7 @@ class TestMetadata:
         shown = expected or (model["name"] if "." in model["name"] else None)
         assert ("| started from |" in text) == bool(shown)
         assert shown is None or f"| started from | {shown} |" in text
-        assert ModelCard(render_card(found, REPO, base_model="a/b")).data.base_model == "a/b"
+        assert ModelCard(render_card(found, REPO, CardOptions(base_model="a/b"))).data.base_model == "a/b"
 
     def test_the_results_are_of_the_data_that_was_judged(self, tmp_path):
         judged = report(conditions={"data": "zalando/other[train] limited to 4"})
@@ -290,19 +291,19 @@ class TestMetadata:
         with pytest.raises(ValueError, match=r"is no name of a repository .*write user/name"):
             render_card(found, name)
         with pytest.raises(ValueError, match=r"is no name of a repository .*write user/name"):
-            render_card(found, REPO, base_model=name)
+            render_card(found, REPO, CardOptions(base_model=name))
 
     @pytest.mark.parametrize("license", ["My Own Licence!!", "", "apache 2.0"])
     def test_licences_that_are_none(self, tmp_path, license):
         with pytest.raises(ValueError, match=r"is no short name of a licence; write one of https.*apache-2\.0"):
-            render_card(parts(tmp_path), REPO, license=license)
+            render_card(parts(tmp_path), REPO, CardOptions(license=license))
 
     def test_a_licence_is_needed(self, tmp_path):
         found = parts(tmp_path)
         del found.config["pretrained_cfg"]["license"]
         with pytest.raises(ValueError, match="names no licence; give one"):
             render_card(found, REPO)
-        assert "license: mit" in render_card(found, REPO, license="mit")
+        assert "license: mit" in render_card(found, REPO, CardOptions(license="mit"))
 
 
 class TestCheck:
@@ -369,7 +370,7 @@ def test_each_published_card_is_the_generated_one():
         text = render_card(
             read_parts(entry.folder),
             f"timm-fsr/{entry.name}",
+            CardOptions(baseline=Report.load(baseline) if baseline.is_file() else None),
             tag=entry.name,
-            baseline=Report.load(baseline) if baseline.is_file() else None,
         )
         assert (CARDS / f"{entry.name}.md").read_text() == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import yaml
@@ -34,39 +35,45 @@ _ATTACK_NAMES = {"autoattack": "AutoAttack", "plus": "AutoAttack plus", "rand": 
 _LICENSE = re.compile(r"[a-z0-9]+([.+-]+[a-z0-9]+)*\+*")
 
 
-def render_card(
-    parts: Parts,
-    repo_id: str,
-    *,
-    tag: str | None = None,
-    baseline: Report | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-) -> str:
+@dataclass(frozen=True, eq=False)
+class CardOptions:
+    """What a card says besides what the model's folder knows.
+
+    Attributes:
+        license: of the weights, by the Hub's short name; None takes the one in the model's configuration.
+        base_model: what the training started from, "user/name"; None finds it in the recipe.
+        baseline: the report of the same training without the feature layer, on the same images, to compare with.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+    baseline: Report | None = None
+
+
+def render_card(parts: Parts, repo_id: str, options: CardOptions | None = None, *, tag: str | None = None) -> str:
     """The card of a model: metadata for the Hub, and Markdown.
 
     Args:
         parts: see `read_parts`.
         repo_id: "user/name", where the model is or will be.
+        options: of the card.
         tag: the name by which timm knows the model without the Hub's, if it does.
-        baseline: the report of the same training without the feature layer, on the same images, to compare with.
-        license: of the weights, by the Hub's short name; None takes the one in the model's configuration.
-        base_model: what the training started from, "user/name"; None finds it in the recipe.
 
     Raises:
         ValueError: no licence is known, a name or licence that cannot be one, or a baseline that differs from the
             model in more than the layer.
     """
     check_repo_id(repo_id)
-    license = parts.config["pretrained_cfg"].get("license") if license is None else license
+    options = options or CardOptions()
+    license = parts.config["pretrained_cfg"].get("license") if options.license is None else options.license
     if license is None:
         raise ValueError("the model's configuration names no licence; give one, such as license='apache-2.0'")
     check_license(license)
     started, found = starting_point(parts.recipe)
-    if base_model is not None:
-        check_repo_id(base_model)
-        started = found = base_model
-    comparison = None if baseline is None else _comparison(parts, publishable(baseline))
+    if options.base_model is not None:
+        check_repo_id(options.base_model)
+        started = found = options.base_model
+    comparison = None if options.baseline is None else _comparison(parts, publishable(options.baseline))
     body = _body(parts, repo_id=repo_id, tag=tag, license=license, started=started, baseline=comparison)
     return f"---\n{metadata(parts, repo_id, license, found).to_yaml()}\n---\n\n{body}\n"
 
@@ -146,8 +153,7 @@ def _model_facts(parts: Parts) -> dict[str, Any]:
 
 def _row(report: Report, name: str) -> dict[str, Any]:
     low, high = report.interval(name)
-    accuracy = report.worst_case if name == WORST_CASE else report.accuracy[name]
-    return {"name": name.replace("_", " "), "accuracy": accuracy, "low": low, "high": high}
+    return {"name": name.replace("_", " "), "accuracy": report.accuracy_of(name), "low": low, "high": high}
 
 
 def _stages(report: Report, name: str) -> list[tuple[str, int]]:
@@ -350,7 +356,6 @@ def results(parts: Parts) -> list[EvalResult]:
     names = ["clean", *(name for name in _ATTACK_NAMES if name in report.correct), WORST_CASE]
     found = []
     for name in names:
-        value = report.worst_case if name == WORST_CASE else report.accuracy[name]
         attack = _ATTACK_NAMES.get(name, "worst case of all attacks")
         details: dict[str, Any] = {"n_examples": report.count, "seed": report.seed}
         if name != "clean":
@@ -364,7 +369,7 @@ def results(parts: Parts) -> list[EvalResult]:
                 dataset_split=split,
                 metric_type="accuracy",
                 metric_name="Accuracy" if name == "clean" else f"Robust accuracy ({attack}, {report.threat})",
-                metric_value=round(100 * value, 2),
+                metric_value=round(100 * report.accuracy_of(name), 2),
                 metric_args=details,
             )
         )
