@@ -113,13 +113,16 @@ def _curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Robust accuracy over eps, steps and restarts, one line for each model that has them."""
     with_eps = [(e.title, e.report.evidence["eps"]) for e in entries if "eps" in e.report.evidence]
     charts = []
+    classes = {entry.report.num_classes or 0 for entry in entries}
+    chance = 1 / max(classes) if len(classes) == 1 and max(classes) else None
     if with_eps:
         radii = sorted({radius for _, found in with_eps for radius in found["eps"]})
         place = {radius: math.sqrt(radius) for radius in radii}  # small radii are many, large ones few
         lines = [Line(name, [place[r] for r in found["eps"]], found["accuracy"]) for name, found in with_eps]
         norm = next(entry.report.norm for entry in entries if "eps" in entry.report.evidence)
         ticks = [(place[radius], format_eps(radius, norm)) for radius in radii]
-        chart = line_chart("Accuracy under PGD-50 over eps", lines, ticks, "eps (PGD-50), square-root scale")
+        label = "eps (PGD-50), square-root scale"
+        chart = line_chart("Accuracy under PGD-50 over eps", lines, ticks, label, chance=chance)
         charts.append({"title": "A growing radius", "chart": chart, "text": "Accuracy has to fall to zero."})
     sentences = {
         "steps": ("More steps", "PGD steps", "After a hundred steps, more should hardly help."),
@@ -131,7 +134,8 @@ def _curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
             numbers = sorted({number for _, one in found for number in one[key]})
             lines = [Line(name, [numbers.index(n) for n in one[key]], one["accuracy"]) for name, one in found]
             ticks = [(index, str(number)) for index, number in enumerate(numbers)]
-            charts.append({"title": title, "chart": line_chart(title, lines, ticks, label), "text": text})
+            chart = line_chart(title, lines, ticks, label, chance=chance)
+            charts.append({"title": title, "chart": chart, "text": text})
     return charts
 
 

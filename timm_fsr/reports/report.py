@@ -86,6 +86,12 @@ class Report:
         return len(self.correct["clean"])
 
     @property
+    def num_classes(self) -> int | None:
+        """The number of classes, as far as the report says; None if it has neither their names nor labels."""
+        named = len(self.conditions.get("classes") or ())
+        return named or (None if self.labels is None else int(self.labels.max()) + 1)
+
+    @property
     def threat(self) -> str:
         """The threat model in the field's notation: "Linf 8/255"."""
         return f"{self.norm.capitalize()} {format_eps(self.eps, self.norm)}"
@@ -98,8 +104,8 @@ class Report:
         """
         if self.labels is None:
             raise ValueError("this report was written without labels; evaluate the model again")
-        classes = len(self.conditions.get("classes") or ()) or int(self.labels.max()) + 1
-        return per_class_accuracy(self.flags_of(name), self.labels, classes)
+        assert self.num_classes is not None
+        return per_class_accuracy(self.flags_of(name), self.labels, self.num_classes)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; `from_dict` reads it back."""

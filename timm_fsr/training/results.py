@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE, hardware
 from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.saving import load, save_pretrained
+from timm_fsr.reports.charts import new_figure, save_png
 from timm_fsr.training.metrics import read_metrics
 from timm_fsr.training.state import Run
-from timm_fsr.utils.files import staged
 from timm_fsr.utils.progress import bar
 
 _CURVES = {
@@ -63,12 +62,13 @@ def conclude(run: Run) -> nn.Module:
 
 
 def _plot(run: Run) -> None:
-    output = run.recipe.folder
-    if importlib.util.find_spec("matplotlib") is None:
-        run.console.print("matplotlib is not installed: no training.png (pip install matplotlib)")
-        return
-    title = f"{model_label(run)}, {run.recipe.objective.name}"
-    plot_training(read_metrics(run), output / "training.png", title=title, best_epoch=run.progress.selection.epoch)
+    plot_training(
+        read_metrics(run),
+        run.recipe.folder / "training.png",
+        title=f"{model_label(run)}, {run.recipe.objective.name}",
+        best_epoch=run.progress.selection.epoch,
+        chance=1 / run.data.num_classes,
+    )
 
 
 def _training_conditions(run: Run, test: Images) -> dict[str, object]:
@@ -98,7 +98,9 @@ def model_label(run: Run) -> str:
     return pretrained_cfg_of(run.timm_model).get("architecture") or run.recipe.model.name
 
 
-def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str, best_epoch: int) -> None:
+def plot_training(
+    metrics: Sequence[dict[str, float]], path: Path, *, title: str, best_epoch: int, chance: float | None = None
+) -> None:
     """Draw accuracies over epochs as a PNG: a growing gap between the attacked curves is robust overfitting.
 
     Args:
@@ -106,16 +108,11 @@ def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str
         path: of the picture.
         title: above it.
         best_epoch: is marked, as the one whose model was kept.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        chance: the accuracy of guessing, in [0, 1]; is marked too.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.5, 4.5)
     axes = figure.add_subplot()
     for name, (label, colour, style) in _CURVES.items():
         points = [(line["epoch"], 100 * line[name]) for line in metrics if name in line]
@@ -123,9 +120,10 @@ def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str
             epochs, values = zip(*points, strict=True)
             axes.plot(epochs, values, style, color=colour, label=label, marker="o", markersize=3)
     axes.axvline(best_epoch, color="#777777", linewidth=1, label=f"kept: epoch {best_epoch}")
+    if chance is not None:
+        axes.axhline(100 * chance, color="#777777", linewidth=1, linestyle=":", label="chance")
     axes.set(xlabel="epoch", ylabel="accuracy in %", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    with staged(path.parent) as scratch:
-        figure.savefig(scratch / path.name, dpi=120)
+    save_png(figure, path)
