@@ -15,7 +15,7 @@ from timm_fsr.attacks.losses import carlini_wagner, cross_entropy
 from timm_fsr.attacks.pgd import FGSM, PGD
 from timm_fsr.evaluation import adaptive
 from timm_fsr.evaluation.evaluator import evaluate
-from timm_fsr.evaluation.model_checks import Soundness, examine
+from timm_fsr.evaluation.model_checks import ModelCheck, examine
 from timm_fsr.evaluation.registry import (
     ENSEMBLE,
     OFFICIAL,
@@ -309,8 +309,8 @@ class TestOwnSuites:
         assert Suite("both", stages).detail == "a: does a; b: does b"
 
     def test_what_a_suite_is_built_for_is_plain_data(self):
-        assert [f.name for f in fields(Target)] == ["model", "norm", "eps", "seed", "soundness", "sources"]
-        assert isinstance(target().soundness, Soundness)
+        assert [f.name for f in fields(Target)] == ["model", "norm", "eps", "seed", "model_check", "sources"]
+        assert isinstance(target().model_check, ModelCheck)
 
 
 @pytest.mark.parametrize("eps", [8.0, 1.5])

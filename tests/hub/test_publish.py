@@ -247,7 +247,7 @@ class TestTrouble:
         client.fails("ValueError", "is no name of a repository", "push", str(saved), "a/b/c")
 
 
-class TestParts:
+class TestBundle:
     """What is missing or wrong is found before anything is sent; here the Hub is even out of reach."""
 
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "report.json", "recipe.yaml"])

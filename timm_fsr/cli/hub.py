@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from timm_fsr.hub.bundle import read_parts
+from timm_fsr.hub.bundle import read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, render_card
 from timm_fsr.hub.publish import collect, push_to_hub
 from timm_fsr.models.conversion import PLAIN, convert_checkpoint, read_foreign
@@ -59,9 +59,9 @@ def card_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--tag", help="the name by which timm knows the model without the Hub's")
     _add_card_options(parser)
     options = parser.parse_args(arguments)
-    parts = read_parts(options.folder)
-    text = render_card(parts, options.repo_id, _card_options(options), tag=options.tag)
-    check_card(text, parts, options.repo_id)
+    bundle = read_bundle(options.folder)
+    text = render_card(bundle, options.repo_id, _card_options(options), tag=options.tag)
+    check_card(text, bundle, options.repo_id)
     path = Path(options.output) if options.output else Path(options.folder) / CARD
     write_text(path, text)
     Console(highlight=False, soft_wrap=True).print(f"card: {path}; review it before it is pushed", markup=False)

@@ -29,7 +29,7 @@ from timm_fsr.reports.report import Report
 from timm_fsr.reports.statistics import calibration
 from timm_fsr.utils.files import write_text
 
-REPORT, EXAMPLES, PAGE, MEMO = "report.json", "examples.json", "report.html", "memo.json"
+REPORT, EXAMPLES, PAGE, CACHE = "report.json", "examples.json", "report.html", "memo.json"
 _EXAMPLE_IMAGES = 200  # among which the examples are chosen
 _TRAINING = (
     "training_data",
@@ -129,15 +129,15 @@ def assess(
         report, calibration={"clean": calibration(*clean_logits(model, data.batches(batch_size)))}
     )
     report.save(folder / REPORT)
-    memo = Memo(folder / MEMO, {**_about(report), "versions": report.conditions["versions"]})
+    cache = Cache(folder / CACHE, {**_about(report), "versions": report.conditions["versions"]})
     if evidence_images:
         some = _some(model, data, evidence_images)
-        report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, memo, say))
+        report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, cache, say))
         report.save(folder / REPORT)
     if corruption_images:
         say("corruptions")
         some = _some(model, data, corruption_images)
-        report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, memo))
+        report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, cache))
         report.save(folder / REPORT)
     say("examples")
     some = _some(model, data, min(_EXAMPLE_IMAGES, batch_size))
@@ -177,7 +177,7 @@ def _evidence(
     some: tuple[Tensor, Tensor],
     report: Report,
     batch_size: int,
-    memo: Memo,
+    cache: Cache,
     announce: Announce,
 ) -> dict[str, Any]:
     """The evidence of honest gradients, each part of it kept as soon as it is known."""
@@ -189,7 +189,7 @@ def _evidence(
         seed=report.seed,
         batch_size=batch_size,
         announce=announce,
-        once=lambda part, make: memo.once(f"{part} on {len(some[0])} images by {batch_size}", make),
+        once=lambda part, make: cache.once(f"{part} on {len(some[0])} images by {batch_size}", make),
     )
 
 
@@ -211,7 +211,7 @@ def _with_earlier(report: Report, folder: Path) -> Report:
 
 
 def _corruptions(
-    model: nn.Module, data: tuple[Tensor, Tensor], seed: int, batch_size: int, memo: Memo
+    model: nn.Module, data: tuple[Tensor, Tensor], seed: int, batch_size: int, cache: Cache
 ) -> dict[str, dict[str, float]]:
     """Accuracy by kind and severity, each kind kept as soon as it is known."""
 
@@ -220,7 +220,7 @@ def _corruptions(
         found = corruption_accuracy(model, batches, names=[kind], seed=seed)
         return {str(level): share for level, share in found[kind].items()}
 
-    return {kind: memo.once(f"{kind} on {len(data[0])} images", partial(accuracy, kind)) for kind in CORRUPTIONS}
+    return {kind: cache.once(f"{kind} on {len(data[0])} images", partial(accuracy, kind)) for kind in CORRUPTIONS}
 
 
 def load_entry(path: str | Path) -> Entry:
@@ -267,7 +267,7 @@ def _some(model: nn.Module, data: ImageData, count: int) -> tuple[Tensor, Tensor
     return images.to(device), labels.to(device)
 
 
-class Memo:
+class Cache:
     """Plain JSON values by name.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks.base import attack_mode
 from timm_fsr.attacks.bn_folding import Folding, find_folding
 from timm_fsr.evaluation.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
-from timm_fsr.evaluation.model_checks import Soundness, check_attacked, check_logits, check_model, examine
+from timm_fsr.evaluation.model_checks import ModelCheck, check_attacked, check_logits, check_model, examine
 from timm_fsr.evaluation.outcomes import (
     CLEAN,
     BatchOutcome,
@@ -177,7 +177,7 @@ class _Work:
     folder: Path | None
     progress: Callable[[Standing], None] | None
     suites: list[Suite] = field(default_factory=list)
-    soundness: Soundness | None = None
+    model_check: ModelCheck | None = None
     folding: Folding = field(default_factory=Folding)
     outcomes: dict[int, BatchOutcome] = field(default_factory=dict)
     standing: Standing = Standing(0, 0, CLEAN)
@@ -204,7 +204,7 @@ class _Work:
 
     def result(self) -> Part:
         """What the other processes have to know."""
-        notes = [] if self.soundness is None else self.soundness.notes()
+        notes = [] if self.model_check is None else self.model_check.notes()
         asked = {suite_key(suite): KnownSuite.of(suite) for suite in self.suites}
         return Part(self.outcomes, asked, self._unasked(), notes)
 
@@ -219,9 +219,9 @@ class _Work:
         norm, eps, seed = self.threat
         check_images(images, labels)
         check_channels(self.model, images)
-        self.soundness = from_main(accelerator, lambda: examine(self.model, images, labels))
+        self.model_check = from_main(accelerator, lambda: examine(self.model, images, labels))
         self.folding = find_folding(self.model, images)
-        target = Target(self.model, norm, eps, seed, self.soundness, self.sources)
+        target = Target(self.model, norm, eps, seed, self.model_check, self.sources)
         for name in self.names:
             self.suites += [name] if isinstance(name, Suite) else build_suites([name], target)
         self.suites = list({suite.name: suite for suite in self.suites}.values())

@@ -72,7 +72,7 @@ def gather_evidence(
         batch_size: images per pass; bounds the memory.
         announce: called with the name of each part before it begins.
         once: called with the name of each part and what gathers it, to give what it has kept of that part or to
-            gather and keep it, as `timm_fsr.evaluation.benchmark.Memo.once` does; None keeps nothing.
+            gather and keep it, as `timm_fsr.evaluation.benchmark.Cache.once` does; None keeps nothing.
 
     Returns:
         Plain JSON values: one entry per part, and "findings", sentences with a level "ok", "note" or "warning";

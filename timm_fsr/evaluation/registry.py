@@ -16,7 +16,7 @@ from timm_fsr.attacks.base import Attack, check_eps, judged_loss
 from timm_fsr.attacks.losses import carlini_wagner, cross_entropy
 from timm_fsr.attacks.pgd import FGSM, PGD
 from timm_fsr.evaluation.adaptive import adaptive_stages, transfer_stage
-from timm_fsr.evaluation.model_checks import Soundness
+from timm_fsr.evaluation.model_checks import ModelCheck
 from timm_fsr.evaluation.stages import Stage, Suite
 from timm_fsr.reports.comparison import STRONG_ATTACKS
 from timm_fsr.utils.errors import unknown
@@ -51,7 +51,7 @@ class Target:
         norm: "linf", "l2", or "l1" for AutoAttack alone.
         eps: radius, in pixels of [0, 1].
         seed: of AutoAttack's random numbers.
-        soundness: what a look at the model found.
+        model_check: what a look at the model found.
         sources: pixel-space models by name, for attacks that are transferred.
     """
 
@@ -59,7 +59,7 @@ class Target:
     norm: str
     eps: float
     seed: int
-    soundness: Soundness
+    model_check: ModelCheck
     sources: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
@@ -166,7 +166,7 @@ def _run(attack: Attack, loss: ImageLoss) -> Callable[[nn.Module, Tensor, Tensor
 
 def _autoattack(name: str, target: Target) -> Suite:
     version, components = AUTOATTACK_SUITES[name]
-    classes = target.soundness.num_classes
+    classes = target.model_check.num_classes
     if not any(usable(component, classes) for component in components):
         raise ValueError(f"the attack {name!r} needs more than the model's {classes} classes; use another")
     stages = [_component(Component(c, target.norm, target.eps, target.seed, version), classes) for c in components]
@@ -185,6 +185,6 @@ def _adaptive(target: Target) -> tuple[Stage, ...]:
         norm=target.norm,
         eps=target.eps,
         seed=target.seed,
-        soundness=target.soundness,
+        model_check=target.model_check,
         sources=target.sources,
     )

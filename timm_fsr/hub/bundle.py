@@ -23,7 +23,7 @@ _ROLES = ("best", "last")  # folders inside a run, which say nothing without its
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class Bundle:
     """What is known of a saved model.
 
     Attributes:
@@ -44,7 +44,7 @@ class Parts:
         return groups[0] if groups else recipe_layer
 
 
-def read_parts(folder: str | Path) -> Parts:
+def read_bundle(folder: str | Path) -> Bundle:
     """The configuration, report and recipe of a saved model, without paths of the machine that it was trained on.
 
     Raises:
@@ -67,7 +67,7 @@ def read_parts(folder: str | Path) -> Parts:
     report, recipe = publishable(report, recipe), without_paths(recipe, _paths(recipe, report))
     conditions = {key: value for key, value in report.conditions.items() if key != "recipe"}  # which has its own file
     report = dataclasses.replace(report, conditions=conditions)
-    return Parts(config, report, {key: value for key, value in recipe.items() if key != "output"})
+    return Bundle(config, report, {key: value for key, value in recipe.items() if key != "output"})
 
 
 def publishable(report: Report, recipe: Mapping[str, Any] | None = None) -> Report:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 from torch import nn
 
-from timm_fsr.hub.bundle import Parts, read_parts
+from timm_fsr.hub.bundle import Bundle, read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, check_repo_id, render_card
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.models.saving import load, save_pretrained, weights_digest
@@ -147,33 +147,33 @@ def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None
             f"{folder} has a card, which is pushed unchanged, so {ignored} would be ignored; make it anew by timm-fsr "
             "card with them, or leave them out"
         )
-    parts = read_parts(folder)
+    bundle = read_bundle(folder)
     model = load(str(folder))  # whoever downloads it has to be able to
-    _check_same_weights(parts, folder, model)
+    _check_same_weights(bundle, folder, model)
     if (folder / CARD).is_file():
         card = (folder / CARD).read_text(encoding="utf-8")
     else:
-        card = render_card(parts, repo_id, options)
-    check_card(card, parts, repo_id)
+        card = render_card(bundle, repo_id, options)
+    check_card(card, bundle, repo_id)
     config, weights = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != parts.config[RECORD]["sha256"] or json.loads(config) != parts.config:
+    if hashlib.sha256(weights).hexdigest() != bundle.config[RECORD]["sha256"] or json.loads(config) != bundle.config:
         raise ValueError(f"{folder} was changed while it was read, as a running training does; push it afterwards")
     return {
         CARD: card.encode(),
         CONFIG: config,
         WEIGHTS: weights,
-        RECIPE: yaml.safe_dump(dict(parts.recipe), sort_keys=False, allow_unicode=True).encode(),
-        REPORT: parts.report.to_json().encode(),
+        RECIPE: yaml.safe_dump(dict(bundle.recipe), sort_keys=False, allow_unicode=True).encode(),
+        REPORT: bundle.report.to_json().encode(),
     }
 
 
-def _check_same_weights(parts: Parts, folder: Path, model: nn.Module) -> None:
+def _check_same_weights(bundle: Bundle, folder: Path, model: nn.Module) -> None:
     """Refuse a report that is about other weights, which would be a false promise.
 
     It may be about the file, or about the float32 weights that a file in half precision becomes when it is loaded.
     """
-    judged = parts.report.conditions.get("weights_sha256")
-    saved = parts.config.get(RECORD, {}).get("sha256")
+    judged = bundle.report.conditions.get("weights_sha256")
+    saved = bundle.config.get(RECORD, {}).get("sha256")
     if judged is None or saved is None:
         what = REPORT if judged is None else CONFIG
         raise ValueError(
