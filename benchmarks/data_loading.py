@@ -29,10 +29,10 @@ from torchvision import transforms
 
 from timm_fsr.cli.demo import quickstart_recipe
 from timm_fsr.data.augment import Augmentation
-from timm_fsr.data.dataset import ImageData, load_data
+from timm_fsr.data.dataset import ImageData, Images, load_data
 from timm_fsr.data.sampling import training_batches
 from timm_fsr.data.sources import EMBEDDED
-from timm_fsr.data.streaming import Images, stream_data
+from timm_fsr.data.streaming import stream_data
 
 PLAIN = "torchvision transforms in a DataLoader"
 OURS = {"memory": "ours", "first": "ours, first epoch", "streamed": "ours, streamed"}

@@ -31,6 +31,7 @@ import torch
 from side_by_side import ROOT, adversarial_step, parser, random_batch, time_in_turn, write
 
 import timm_fsr
+from timm_fsr.reports.charts import new_figure, save_png
 
 PROCESSES = {1: "one_cpu", 2: "two_cpu_processes"}
 FACTORS = {"strong": 1, "weak": 2}  # images and batch of two processes over those of one
@@ -182,11 +183,7 @@ def cost_table(costs: dict[str, Any]) -> str:
 
 def draw(costs: dict[str, Any], path: Path) -> None:
     """The measured times and their lines as a PNG, one panel per varied quantity."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 2.8)
     for number, (name, cost) in enumerate(costs.items(), start=1):
         axes = figure.add_subplot(1, len(costs), number)
         line, end = cost["line"], max(cost["values"])
@@ -196,8 +193,7 @@ def draw(costs: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         if number == 1:
             axes.set_ylabel("CPU seconds of a training step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_png(figure, path)
 
 
 if __name__ == "__main__":

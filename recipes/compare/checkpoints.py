@@ -47,8 +47,8 @@ from tables import in_common, restricted
 import timm_fsr
 from timm_fsr.evaluation.benchmark import assess, check_extras
 from timm_fsr.evaluation.registry import ENSEMBLE, expand_names
-from timm_fsr.hub.bundle import publishable, read_parts
-from timm_fsr.hub.card import check_card, check_repo_id, render_card
+from timm_fsr.hub.bundle import publishable, read_bundle
+from timm_fsr.hub.card import CardOptions, check_card, check_repo_id, render_card
 from timm_fsr.models.saving import load
 from timm_fsr.reports.comparison import mcnemar
 from timm_fsr.reports.report import WORST_CASE, Report
@@ -161,8 +161,8 @@ def release(entry: Entry, reports: Mapping[Entry, Report], base: Recipe, args: a
     timm_fsr.save_pretrained(
         load(str(best)) if dtype is None else model, folder, report=report, recipe=recipe, dtype=dtype
     )
-    parts = read_parts(folder)
-    card = render_card(parts, repository, baseline=baseline)
+    bundle = read_bundle(folder)
+    card = render_card(bundle, repository, CardOptions(baseline=baseline))
     remarks = [args.note] if args.note else []
     if len(args.seeds) > 1:
         seeds = ", ".join(map(str, sorted(args.seeds)))
@@ -171,9 +171,9 @@ def release(entry: Entry, reports: Mapping[Entry, Report], base: Recipe, args: a
             "accuracy on its held-out training images."
         )
     card = card.replace("\n## Use it\n", "\n".join(f"\n{remark}\n" for remark in remarks) + "\n## Use it\n", 1)
-    check_card(card, parts, repository)
+    check_card(card, bundle, repository)
     if baseline is not None:
-        publishable(baseline, parts.recipe).save(folder / "baseline.json")
+        publishable(baseline, bundle.recipe).save(folder / "baseline.json")
     file = {"bytes": (folder / WEIGHTS).stat().st_size, "sha256": file_digest(folder / WEIGHTS)}
     write_text(folder / FACTS, json.dumps({"asked": asked, **measured, **file}, indent=1) + "\n")
     write_text(folder / CARD, card)

@@ -14,6 +14,7 @@ import timm
 from entries import OWN, SAME, Entry
 
 from timm_fsr.evaluation.registry import ENSEMBLE
+from timm_fsr.reports.charts import new_figure, save_png
 from timm_fsr.reports.comparison import mcnemar
 from timm_fsr.reports.report import WORST_CASE, Report
 from timm_fsr.utils.files import write_text
@@ -172,13 +173,8 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Worst-case accuracy against the time of training, relative to the plain network of the same seed."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print('no plot: matplotlib is not installed; pip install "timm-fsr[report]"')
-        return
     seconds = {entry_of(one): one["training_seconds"] for one in rows}
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = new_figure(9, 5.5)
     axes = figure.subplots()
     labels = list(dict.fromkeys((one["method"], one["place"]) for one in rows))
     for index, (method, place) in enumerate(labels):
@@ -194,4 +190,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("worst-case robust accuracy, % (95 % interval)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=150)
+    save_png(figure, path, dpi=150)

@@ -70,7 +70,7 @@ class TestEmbedded:
         assert capsys.readouterr() == ("", "")
 
     def test_fingerprints_of_the_readme(self):
-        folder = Path(__file__).parents[2] / "timm_fsr" / "embedded" / EMBEDDED
+        folder = Path(__file__).parents[2] / "timm_fsr" / "data" / "embedded" / EMBEDDED
         readme = (folder / "README.md").read_text(encoding="utf-8")
         assert load_data(EMBEDDED, "test").fingerprint in readme
         assert "Zalando SE" in (folder / "LICENSE").read_text(encoding="utf-8")

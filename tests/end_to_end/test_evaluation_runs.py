@@ -234,7 +234,7 @@ def _evaluate_unlike(folder: str) -> None:
     suites = timm_fsr.evaluation.evaluator.build_suites
     asked: list[bool] = []
     timm_fsr.evaluation.evaluator.build_suites = lambda names, target: (
-        asked.append(target.soundness.random) or suites(names, target)
+        asked.append(target.model_check.random) or suites(names, target)
     )
     evaluate(Wavering(network()), batches(), attacks=["fgsm"], folder=folder, accelerator=accelerator)
     with pytest.raises(ValueError, match="another evaluation: its seed is 0"):

@@ -63,7 +63,7 @@ def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stages_of(model: nn.Module, images: Tensor, labels: Tensor, norm: str = "linf", **kwargs: Any) -> dict[str, Stage]:
-    found = adaptive_stages(model, norm=norm, eps=EPS, seed=0, soundness=examine(model, images, labels), **kwargs)
+    found = adaptive_stages(model, norm=norm, eps=EPS, seed=0, model_check=examine(model, images, labels), **kwargs)
     assert len({stage.name for stage in found}) == len(found)
     return {stage.name: stage for stage in found}
 
@@ -218,7 +218,7 @@ class TestWhichApply:
     def test_bad_balls_are_refused(self, arguments):
         model = honest().eval()
         with pytest.raises(ValueError, match=r"norm='l1' is unknown|must be 0 or more"):
-            adaptive_stages(model, **{"eps": EPS, **arguments}, seed=0, soundness=examine(model, *data()))
+            adaptive_stages(model, **{"eps": EPS, **arguments}, seed=0, model_check=examine(model, *data()))
 
 
 def condition(model: nn.Module) -> list[Any]:
@@ -297,7 +297,7 @@ class TestManners:
 
     def test_eps_0_gives_the_images_back(self, model):
         images, labels = data()
-        stages = adaptive_stages(model, norm="linf", eps=0, seed=0, soundness=examine(model, images, labels))
+        stages = adaptive_stages(model, norm="linf", eps=0, seed=0, model_check=examine(model, images, labels))
         for stage in stages:
             assert torch.equal(stage.run(model, images, labels, torch.Generator()), images)
 

@@ -9,7 +9,7 @@ import torch
 from support.tiny import images, labels, tiny_resnet, with_fsr
 from torch import Tensor, nn
 
-from timm_fsr.evaluation.model_checks import Soundness, check_model, examine
+from timm_fsr.evaluation.model_checks import ModelCheck, check_model, examine
 
 
 class Linear(nn.Module):
@@ -90,7 +90,7 @@ class Stubborn(Linear):
 
 class TestExamine:
     def test_a_sound_model(self):
-        sound = Soundness(10, random=False, dynamic=False, zero_gradients=0, looked_at=4)
+        sound = ModelCheck(10, random=False, dynamic=False, zero_gradients=0, looked_at=4)
         assert examine(Linear(), images(), labels()) == sound
         assert examine(Linear(), images(), labels()).notes() == []
 

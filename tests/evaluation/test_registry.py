@@ -14,7 +14,7 @@ from timm_fsr.attacks.autoattack import VERSIONS
 from timm_fsr.attacks.losses import carlini_wagner, cross_entropy
 from timm_fsr.attacks.pgd import FGSM, PGD
 from timm_fsr.evaluation.evaluator import evaluate
-from timm_fsr.evaluation.model_checks import Soundness, examine
+from timm_fsr.evaluation.model_checks import ModelCheck, examine
 from timm_fsr.evaluation.registry import (
     ENSEMBLE,
     OFFICIAL,
@@ -28,7 +28,7 @@ from timm_fsr.evaluation.registry import (
 )
 from timm_fsr.evaluation.suites import adaptive
 from timm_fsr.models.weights import model_digest
-from timm_fsr.reports.comparison import STRONG
+from timm_fsr.reports.comparison import STRONG_ATTACKS
 
 pytest.importorskip("pyautoattack")
 
@@ -137,7 +137,7 @@ class TestNames:
         assert not any(stage.reuse for stage in standard.stages)  # the reference's result, whatever ran before
 
     def test_what_is_no_weak_attack(self):
-        for name in STRONG:
+        for name in STRONG_ATTACKS:
             check_names([name], "linf", EPS)
 
 
@@ -164,7 +164,7 @@ class TestRefusals:
     def test_unknown_names(self, name, message):
         for call in (
             lambda: check_names(["fgsm", name], "linf", EPS, sources=False),
-            lambda: build_suites([name], target()),
+            lambda: evaluate(Network(), [], attacks=["fgsm", name], eps=EPS),
         ):
             with pytest.raises(ValueError, match=message):
                 call()
@@ -310,8 +310,8 @@ class TestOwnSuites:
         assert Suite("both", stages).detail == "a: does a; b: does b"
 
     def test_what_a_suite_is_built_for_is_plain_data(self):
-        assert [f.name for f in fields(Target)] == ["model", "norm", "eps", "seed", "soundness", "sources"]
-        assert isinstance(target().soundness, Soundness)
+        assert [f.name for f in fields(Target)] == ["model", "norm", "eps", "seed", "model_check", "sources"]
+        assert isinstance(target().model_check, ModelCheck)
 
 
 @pytest.mark.parametrize("eps", [8.0, 1.5])

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import timm_fsr
-from timm_fsr.hub.bundle import read_parts, without_paths
+from timm_fsr.hub.bundle import read_bundle, without_paths
 from timm_fsr.reports.report import Report
 
 
@@ -71,7 +71,7 @@ class TestPaths:
         ],
     )
     def test_other_models_are_shown_by_the_name_that_says_something(self, tmp_path, given, shown):
-        found = read_parts(save(tmp_path, transfer=given, model=given)).report
+        found = read_bundle(save(tmp_path, transfer=given, model=given)).report
         name = found.conditions["model"]
         assert name.removeprefix("local-dir:") == shown
         assert [stage.replace("local-dir:", "") for stage in found.stages["adaptive"]] == [f"transfer from {shown}"]
@@ -80,7 +80,7 @@ class TestPaths:
     def test_data_with_spaces_in_its_path_that_only_the_report_names(self, tmp_path):
         place = "/mnt/My Drive/joe"
         conditions = {"data": f"{place}/x[test]", "checkpoint_rule": f"best accuracy on {place}/x[train] held-out"}
-        found = read_parts(save(tmp_path, training_data=f"{place}/x[train]", **conditions)).report.conditions
+        found = read_bundle(save(tmp_path, training_data=f"{place}/x[train]", **conditions)).report.conditions
         assert found["data"] == "x[test]"
         assert found["training_data"] == "x[train]"
         assert found["checkpoint_rule"] == "best accuracy on x[train] held-out"
@@ -100,10 +100,10 @@ class TestDamage:
     )
     def test_a_recipe_of_another_form(self, tmp_path, recipe, what):
         with pytest.raises(ValueError, match=rf"recipe\.yaml: {what}, not .*give the recipe that `timm-fsr"):
-            read_parts(save(tmp_path, recipe))
+            read_bundle(save(tmp_path, recipe))
 
     @pytest.mark.parametrize("change", ['"pretrained_cfg": 3', '"model_args": []', '"pretrained_cfg": {"mean": [0.0]}'])
     def test_a_configuration_of_another_form(self, tmp_path, change):
         (save(tmp_path) / "config.json").write_text(f'{{"architecture": "resnet18", {change}}}')
         with pytest.raises(ValueError, match=r"config\.json is damaged: it lacks .*save the model again"):
-            read_parts(tmp_path)
+            read_bundle(tmp_path)

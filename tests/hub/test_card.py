@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 import timm_fsr
-from timm_fsr.hub.bundle import Parts, read_parts
-from timm_fsr.hub.card import check_card, render_card
+from timm_fsr.hub.bundle import Bundle, read_bundle
+from timm_fsr.hub.card import CardOptions, check_card, render_card
 from timm_fsr.models.pretrained import embedded_pretrained
 from timm_fsr.reports.report import Report
 from timm_fsr.training.options import ModelOptions
@@ -68,16 +68,16 @@ def trained_by(recipe: dict[str, Any]) -> Report:
     return report(conditions={**CONDITIONS, "recipe": recipe})
 
 
-def parts(tmp_path: Path, found: Report | None = None, recipe: dict[str, Any] | None = None, **kwargs: Any) -> Parts:
+def bundle(tmp_path: Path, found: Report | None = None, recipe: dict[str, Any] | None = None, **kwargs: Any) -> Bundle:
     name = kwargs.pop("name", "resnet_tiny_cifar_fsr")
     model = timm.create_model(name, **kwargs)
     timm_fsr.save_pretrained(model, tmp_path, report=found or report(), recipe=recipe or RECIPE)
-    return read_parts(tmp_path)
+    return read_bundle(tmp_path)
 
 
 class TestText:
     def test_it_says_how_robust_by_the_worst_case(self, tmp_path):
-        text = render_card(parts(tmp_path), REPO)
+        text = render_card(bundle(tmp_path), REPO)
         assert "Of 4 test images, **25.0 %** stay correctly" in text
         assert "| clean | 75.0 % | 19.4 % to 99.4 % |" in text  # Clopper-Pearson of 3 in 4
         assert "| **worst case** | **25.0 %** |" in text
@@ -85,7 +85,7 @@ class TestText:
         assert "upper bounds, not evidence" not in text
 
     def test_how_to_use_it(self, tmp_path):
-        text = render_card(parts(tmp_path, in_chans=1), REPO, tag="resnet_tiny_cifar_fsr.x")
+        text = render_card(bundle(tmp_path, in_chans=1), REPO, tag="resnet_tiny_cifar_fsr.x")
         assert text.index("import timm, timm_fsr") < text.index("timm.create_model(")
         assert 'timm.create_model("hf-hub:somebody/tiny", pretrained=True).eval()' in text
         assert "(N, 1, 32, 32), pixels in [0, 1] as they are\n```\n" in text
@@ -93,7 +93,7 @@ class TestText:
 
     def test_the_code_in_it_runs(self, tmp_path):
         """But for the name: the folder takes the place of the repository."""
-        text = render_card(parts(tmp_path), REPO)
+        text = render_card(bundle(tmp_path), REPO)
         code = text.split("```python\n")[1].split("```")[0].replace(f"hf-hub:{REPO}", f"local-dir:{tmp_path}")
         images = torch.rand(2, 3, 32, 32)
         values: dict[str, Any] = {"images": images}
@@ -101,12 +101,12 @@ class TestText:
         assert values["logits"].shape == (2, 10)
 
     def test_normalised_images(self, tmp_path):
-        found = parts(tmp_path, name="test_resnet_fsr")
+        found = bundle(tmp_path, name="test_resnet_fsr")
         assert "normalised by mean 0.5, 0.5, 0.5 and std 0.5, 0.5, 0.5" in render_card(found, REPO)
 
     def test_weak_attacks_are_called_weak(self, tmp_path):
         weak = report(correct={"clean": flags("11"), "fgsm": flags("11")}, stages={}, attacks={"fgsm": ""}, labels=None)
-        assert "upper bounds, not evidence of robustness" in render_card(parts(tmp_path, weak), REPO)
+        assert "upper bounds, not evidence of robustness" in render_card(bundle(tmp_path, weak), REPO)
 
     def test_evidence_and_stages(self, tmp_path):
         evidence = {
@@ -120,7 +120,7 @@ class TestText:
         found = report(
             correct=correct, stages=stages, evidence=evidence, corruptions=corruptions, notes=("beware",), attacks={}
         )
-        text = render_card(parts(tmp_path, found), REPO)
+        text = render_card(bundle(tmp_path, found), REPO)
         assert "- **Warning**: Square broke more." in text
         assert "- Fine: all well." in text
         assert "| mask forcing | 1 |" in text
@@ -131,7 +131,7 @@ class TestText:
 
     def test_a_baseline_is_set_beside_it(self, tmp_path):
         correct = {"clean": flags("1110"), "pgd20": flags("0110"), "autoattack": flags("0110")}
-        text = render_card(parts(tmp_path), REPO, baseline=report(correct=correct))
+        text = render_card(bundle(tmp_path), REPO, CardOptions(baseline=report(correct=correct)))
         assert "| worst case | 25.0 % | 50.0 % |" in text
         assert "1 images are gained and 2 lost, which is no more than chance explains" in text
 
@@ -150,13 +150,13 @@ class TestText:
     )
     def test_a_baseline_that_cannot_be_compared(self, tmp_path, changes, what):
         with pytest.raises(ValueError, match=f"the {what} of the baseline's report is .* evaluate both alike"):
-            render_card(parts(tmp_path), REPO, baseline=report(**changes))
+            render_card(bundle(tmp_path), REPO, CardOptions(baseline=report(**changes)))
 
     def test_it_says_no_more_of_the_baseline_than_the_reports_do(self, tmp_path):
-        text = render_card(parts(tmp_path), REPO, baseline=report())
+        text = render_card(bundle(tmp_path), REPO, CardOptions(baseline=report()))
         assert "\nSame epochs, attack, seed and images.\n" in text
         found, bare = tmp_path / "bare", report(conditions={})
-        assert "\nSame " not in render_card(parts(found, bare), REPO, baseline=bare)
+        assert "\nSame " not in render_card(bundle(found, bare), REPO, CardOptions(baseline=bare))
 
     @pytest.mark.parametrize(
         ("section", "change", "message"),
@@ -176,26 +176,27 @@ class TestText:
         ours, theirs = full_recipe("fsr"), full_recipe(None)
         theirs[section] |= change
         with pytest.raises(ValueError, match=message):
-            render_card(parts(tmp_path, recipe=ours), REPO, baseline=trained_by(theirs))
+            render_card(bundle(tmp_path, recipe=ours), REPO, CardOptions(baseline=trained_by(theirs)))
 
     def test_a_baseline_of_the_same_recipe_says_so(self, tmp_path):
         ours, theirs = full_recipe("fsr"), full_recipe(None)
         ours["model"] |= {"name": "resnet_tiny_cifar_fsr", "at": [-1], "layer_args": {"fsr": {"hidden": 4}}}
         theirs["data"]["workers"] = 3
-        text = render_card(parts(tmp_path, recipe=ours), REPO, baseline=trained_by(theirs))
+        text = render_card(bundle(tmp_path, recipe=ours), REPO, CardOptions(baseline=trained_by(theirs)))
         assert "; the recipes differ in the layer alone.\n" in text
         assert "has not been checked" not in text
 
     def test_what_is_unknown_of_a_baseline_is_not_called_the_same(self, tmp_path):
         for number, baseline in enumerate((report(), trained_by({"model": {"name": "resnet_tiny_cifar"}}))):
-            text = render_card(parts(tmp_path / str(number), recipe=full_recipe("fsr")), REPO, baseline=baseline)
+            found = bundle(tmp_path / str(number), recipe=full_recipe("fsr"))
+            text = render_card(found, REPO, CardOptions(baseline=baseline))
             assert "in the layer alone" not in text
             assert "does not carry a whole recipe" in text
 
     def test_a_model_is_not_its_own_baseline(self, tmp_path):
         own = report(conditions={**CONDITIONS, "weights_sha256": "abc"})
         with pytest.raises(ValueError, match="about the model's own weights; give the report of the training without"):
-            render_card(parts(tmp_path, own), REPO, baseline=own)
+            render_card(bundle(tmp_path, own), REPO, CardOptions(baseline=own))
 
     def test_a_baseline_from_another_folder_of_the_same_data(self, tmp_path):
         """Where the data lay is cut from both, or neither."""
@@ -203,11 +204,11 @@ class TestText:
             report(conditions={"training_data": f"/{place}/my toys[train]", "data": f"/{place}/my toys[test]"})
             for place in ("here", "over there")
         )
-        assert "Same data." in render_card(parts(tmp_path, here), REPO, baseline=there)
+        assert "Same data." in render_card(bundle(tmp_path, here), REPO, CardOptions(baseline=there))
 
     def test_a_plain_network(self, tmp_path):
         recipe = {**RECIPE, "model": {"name": "resnet_tiny_cifar", "layer": None}}
-        text = render_card(parts(tmp_path, recipe=recipe, name="resnet_tiny_cifar"), REPO)
+        text = render_card(bundle(tmp_path, recipe=recipe, name="resnet_tiny_cifar"), REPO)
         assert "2303.13846" not in text
         assert "bibtex" not in text
         assert "mask" not in text
@@ -217,14 +218,14 @@ class TestMetadata:
     @pytest.mark.parametrize("source", ["/usr/share/datasets/fashion-mnist", "zalando-datasets/fashion_mnist"])
     def test_a_copy_of_a_known_data_set_is_called_by_its_name(self, tmp_path, source):
         conditions = {**CONDITIONS, "data": f"{source}[test]", "training_data": f"{source}[train]"}
-        found = parts(tmp_path, report(conditions=conditions), {**RECIPE, "data": {"source": source}})
+        found = bundle(tmp_path, report(conditions=conditions), {**RECIPE, "data": {"source": source}})
         text = render_card(found, REPO)
         assert "\ntrained on Fashion-MNIST " in text.replace("-MNIST\n", "-MNIST ")
         assert ModelCard(text).data.datasets == ["zalando-datasets/fashion_mnist"]
         assert "/usr/share" not in text
 
     def test_the_hub_reads_it_as_it_was_meant(self, tmp_path):
-        data = ModelCard(render_card(parts(tmp_path), REPO)).data
+        data = ModelCard(render_card(bundle(tmp_path), REPO)).data
         assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-classification", "apache-2.0")
         assert data.datasets == ["uoft-cs/cifar10"]
         assert {"timm", "adversarial-robustness", "arxiv:2303.13846"} <= set(data.tags)
@@ -244,7 +245,7 @@ class TestMetadata:
         }
 
     def test_the_model_index_goes_there_and_back(self, tmp_path):
-        text = render_card(parts(tmp_path), REPO)
+        text = render_card(bundle(tmp_path), REPO)
         data = ModelCard(text).data
         index = eval_results_to_model_index("tiny", data.eval_results)
         name, results = model_index_to_eval_results(index)
@@ -264,50 +265,50 @@ class TestMetadata:
         ],
     )
     def test_the_base_model_is_the_recipes(self, tmp_path, model, expected):
-        found = parts(tmp_path, recipe={**RECIPE, "model": {**model, "layer": "fsr"}})
+        found = bundle(tmp_path, recipe={**RECIPE, "model": {**model, "layer": "fsr"}})
         text = render_card(found, REPO)
         assert ModelCard(text).data.get("base_model") == expected
         shown = expected or (model["name"] if "." in model["name"] else None)
         assert ("| started from |" in text) == bool(shown)
         assert shown is None or f"| started from | {shown} |" in text
-        assert ModelCard(render_card(found, REPO, base_model="a/b")).data.base_model == "a/b"
+        assert ModelCard(render_card(found, REPO, CardOptions(base_model="a/b"))).data.base_model == "a/b"
 
     def test_the_results_are_of_the_data_that_was_judged(self, tmp_path):
         judged = report(conditions={"data": "zalando/other[train] limited to 4"})
-        text = render_card(parts(tmp_path, judged), REPO)
+        text = render_card(bundle(tmp_path, judged), REPO)
         data = ModelCard(text).data
         assert data.datasets == ["uoft-cs/cifar10"]
         assert {result.dataset_name for result in data.eval_results} == {"zalando/other"}
         assert {result.dataset_split for result in data.eval_results} == {"train"}
         assert "Of 4 train images" in text
-        unnamed = render_card(parts(tmp_path / "b", report(conditions={})), REPO)
+        unnamed = render_card(bundle(tmp_path / "b", report(conditions={})), REPO)
         assert {result.dataset_split for result in ModelCard(unnamed).data.eval_results} == {None}
         assert "test" not in unnamed.split("## How robust")[1].split("## What")[0]
 
     @pytest.mark.parametrize("name", ["noslash", "a/b/c", "a b/c", "owner/", "/name", "", "x" * 120 + "/y"])
     def test_names_that_no_repository_can_have(self, tmp_path, name):
-        found = parts(tmp_path)
+        found = bundle(tmp_path)
         with pytest.raises(ValueError, match=r"is no name of a repository .*write user/name"):
             render_card(found, name)
         with pytest.raises(ValueError, match=r"is no name of a repository .*write user/name"):
-            render_card(found, REPO, base_model=name)
+            render_card(found, REPO, CardOptions(base_model=name))
 
     @pytest.mark.parametrize("license", ["My Own Licence!!", "", "apache 2.0"])
     def test_licences_that_are_none(self, tmp_path, license):
         with pytest.raises(ValueError, match=r"is no short name of a licence; write one of https.*apache-2\.0"):
-            render_card(parts(tmp_path), REPO, license=license)
+            render_card(bundle(tmp_path), REPO, CardOptions(license=license))
 
     def test_a_licence_is_needed(self, tmp_path):
-        found = parts(tmp_path)
+        found = bundle(tmp_path)
         del found.config["pretrained_cfg"]["license"]
         with pytest.raises(ValueError, match="names no licence; give one"):
             render_card(found, REPO)
-        assert "license: mit" in render_card(found, REPO, license="mit")
+        assert "license: mit" in render_card(found, REPO, CardOptions(license="mit"))
 
 
 class TestCheck:
     def test_a_generated_card_passes_also_when_words_are_added(self, tmp_path):
-        found = parts(tmp_path)
+        found = bundle(tmp_path)
         check_card(render_card(found, REPO) + "\nMore words.\n", found, REPO)
 
     @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ class TestCheck:
         ],
     )
     def test_others_do_not(self, tmp_path, old, new, message):
-        found = parts(tmp_path)
+        found = bundle(tmp_path)
         with pytest.raises(ValueError, match=message):
             check_card(render_card(found, REPO).replace(old, new), found, REPO)
 
@@ -334,26 +335,26 @@ class TestCheck:
         ],
     )
     def test_results_are_more_than_their_values(self, tmp_path, old, new):
-        found = parts(tmp_path)
+        found = bundle(tmp_path)
         with pytest.raises(ValueError, match="of another evaluation"):
             check_card(render_card(found, REPO).replace(old, new), found, REPO)
 
     @pytest.mark.parametrize("old", ["**25.0 %** stay", "| clean | 75.0 %", "75.0 % of the test images"])
     def test_figures_in_the_text(self, tmp_path, old):
-        found = parts(tmp_path)
+        found = bundle(tmp_path)
         text = render_card(found, REPO)
         assert old in text
         with pytest.raises(ValueError, match="or has other figures in it"):
             check_card(text.replace(old, old.replace("5.0 %", "9.0 %")), found, REPO)
 
     def test_the_card_of_other_weights_with_the_same_figures(self, tmp_path):
-        text = render_card(parts(tmp_path / "a", fsr_hidden=4), REPO)
-        other = parts(tmp_path / "b", fsr_hidden=8)
+        text = render_card(bundle(tmp_path / "a", fsr_hidden=4), REPO)
+        other = bundle(tmp_path / "b", fsr_hidden=8)
         with pytest.raises(ValueError, match="does not name the SHA-256 of these weights"):
             check_card(text, other, REPO)
 
     def test_the_card_of_another_repository(self, tmp_path):
-        found = parts(tmp_path)
+        found = bundle(tmp_path)
         for other in ("somebody/tin", "somebody/tiny.2", "someone/tiny"):
             with pytest.raises(ValueError, match=f"nowhere names hf-hub:{other}"):
                 check_card(render_card(found, REPO), found, other)
@@ -367,9 +368,9 @@ def test_each_published_card_is_the_generated_one():
     for entry in entries:
         baseline = CARDS / f"{entry.name}.baseline.json"
         text = render_card(
-            read_parts(entry.folder),
+            read_bundle(entry.folder),
             f"timm-fsr/{entry.name}",
+            CardOptions(baseline=Report.load(baseline) if baseline.is_file() else None),
             tag=entry.name,
-            baseline=Report.load(baseline) if baseline.is_file() else None,
         )
         assert (CARDS / f"{entry.name}.md").read_text() == text

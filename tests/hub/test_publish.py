@@ -13,7 +13,7 @@ from support.hub_server import Repo
 from support.hub_tools import FILES, RECIPE, Client, logits, network, report_on, save
 
 import timm_fsr
-from timm_fsr.hub.publish import collect, push_folder
+from timm_fsr.hub.publish import collect
 
 CARDS = Path(__file__).parents[2] / "hub_cards"
 
@@ -162,7 +162,7 @@ class TestTrouble:
 
     def test_a_pull_request_and_a_branch_exclude_each_other(self, saved):
         with pytest.raises(ValueError, match="leave out create_pr or revision"):
-            push_folder(saved, "owner/name", create_pr=True, revision="longer")
+            timm_fsr.push_to_hub(saved, "owner/name", create_pr=True, revision="longer")
 
     def test_a_commit_that_was_made_but_not_answered_is_told_as_ours(self, hub, client, repo, saved):
         hub.fail("POST", f"{repo}/commit/", "hang up after")
@@ -247,14 +247,14 @@ class TestTrouble:
         client.fails("ValueError", "is no name of a repository", "push", str(saved), "a/b/c")
 
 
-class TestParts:
+class TestBundle:
     """What is missing or wrong is found before anything is sent; here the Hub is even out of reach."""
 
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "report.json", "recipe.yaml"])
     def test_a_missing_part(self, saved, name):
         (saved / name).unlink()
         with pytest.raises(FileNotFoundError, match=rf"lacks {name}; a published model has"):
-            push_folder(saved, "owner/name")
+            timm_fsr.push_to_hub(saved, "owner/name")
 
     @pytest.mark.parametrize(
         ("name", "text", "message"),
@@ -271,24 +271,24 @@ class TestParts:
     def test_a_part_that_is_none(self, saved, name, text, message):
         (saved / name).write_text(text)
         with pytest.raises(ValueError, match=message):
-            push_folder(saved, "owner/name")
+            timm_fsr.push_to_hub(saved, "owner/name")
 
     def test_exchanged_weights(self, saved, tmp_path):
         shutil.copy(save(tmp_path / "other", seed=1) / "model.safetensors", saved)
         with pytest.raises(ValueError, match="damaged or were exchanged"):
-            push_folder(saved, "owner/name")
+            timm_fsr.push_to_hub(saved, "owner/name")
 
     def test_a_report_about_other_weights(self, saved):
         report_on(network(1)).save(saved / "report.json")
         with pytest.raises(ValueError, match=r"report\.json is about other weights"):
-            push_folder(saved, "owner/name")
+            timm_fsr.push_to_hub(saved, "owner/name")
 
     def test_a_report_that_does_not_say_what_it_is_about(self, saved):
         report = report_on(network())
         del report.conditions["weights_sha256"]
         report.save(saved / "report.json")
         with pytest.raises(ValueError, match="does not say which weights"):
-            push_folder(saved, "owner/name")
+            timm_fsr.push_to_hub(saved, "owner/name")
 
     def test_a_folder_that_changes_meanwhile(self, saved, tmp_path, monkeypatch):
         """Between the check and the reading, as a training that goes on may do."""
@@ -301,17 +301,26 @@ class TestParts:
 
         monkeypatch.setattr(timm_fsr.hub.publish, "check_card", changed)
         with pytest.raises(ValueError, match="was changed while it was read"):
-            push_folder(saved, "owner/name")
+            timm_fsr.push_to_hub(saved, "owner/name")
 
     def test_the_card_of_another_evaluation(self, saved):
         (saved / "README.md").write_bytes(collect(saved, "owner/name")["README.md"].replace(b"75.0\n", b"95.0\n"))
         with pytest.raises(ValueError, match="the card is of another evaluation"):
-            push_folder(saved, "owner/name")
+            timm_fsr.push_to_hub(saved, "owner/name")
 
     def test_a_model_without_a_recipe(self):
         model = network()
         with pytest.raises(FileNotFoundError, match=r"lacks recipe\.yaml"):
             timm_fsr.push_to_hub(model, "owner/name", report=report_on(model))
+
+    def test_a_model_without_a_report(self):
+        with pytest.raises(ValueError, match=r"needs the report of its evaluation; give report="):
+            timm_fsr.push_to_hub(network(), "owner/name")
+
+    @pytest.mark.parametrize("given", [{"report": report_on(network())}, {"recipe": RECIPE}])
+    def test_a_folder_with_another_report_or_recipe(self, saved, given):
+        with pytest.raises(ValueError, match="is a folder, which has its own; leave them out"):
+            timm_fsr.push_to_hub(saved, "owner/name", **given)
 
 
 class TestMetadata:

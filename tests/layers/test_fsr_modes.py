@@ -12,7 +12,7 @@ from support.tiny import images, labels, tiny_resnet, with_fsr
 from torch import Tensor
 
 import timm_fsr
-from timm_fsr.evaluation.model_checks import Soundness
+from timm_fsr.evaluation.model_checks import ModelCheck
 from timm_fsr.evaluation.suites.adaptive import adaptive_stages
 from timm_fsr.hooks.surrogates import list_surrogates, surrogate
 from timm_fsr.layers import FSR
@@ -150,8 +150,8 @@ def test_surrogates_are_those_that_mean_something() -> None:
 @pytest.mark.parametrize("mode", ["both", *ABLATIONS])
 def test_the_mask_is_attacked_where_there_is_one(mode: str) -> None:
     model = with_fsr(tiny_resnet(), mode=mode).eval()
-    soundness = Soundness(num_classes=10, random=False, dynamic=False, zero_gradients=0, auxiliary=True)
-    stages = adaptive_stages(model, norm="linf", eps=8 / 255, seed=0, soundness=soundness)
+    model_check = ModelCheck(num_classes=10, random=False, dynamic=False, zero_gradients=0, auxiliary=True)
+    stages = adaptive_stages(model, norm="linf", eps=8 / 255, seed=0, model_check=model_check)
     assert ("mask forcing" in [stage.name for stage in stages]) == (mode != "recalibration")
 
 

@@ -274,4 +274,7 @@ class TestSideBySide:
 
     def test_curves_are_drawn_together(self):
         page = render_page([Entry("a", full()), Entry("b", full())])
-        assert page.count("<polyline") == 2 * 3 + 2 * 3
+        charts = re.findall(r'<svg class="chart".*?</svg>', page, re.DOTALL)
+        lines = [chart.count("stroke-width: 2.5") for chart in charts]
+        assert lines[:3] == [4, 4, 4], "two in the chart, two in the legend"
+        assert lines.count(1) == 2 * 3, "each on its own"

@@ -21,7 +21,6 @@ from huggingface_hub import ModelCard
 
 import timm_fsr
 from timm_fsr.cli.main import main
-from timm_fsr.hub.publish import push_folder
 from timm_fsr.reports.report import Report
 
 time.sleep = lambda _: None  # type: ignore[assignment]  # patience is not what is tested, ours nor the client's
@@ -35,7 +34,7 @@ def setenv(name: str, value: str | None) -> None:
 
 
 def push(folder: str, repo_id: str, **options: Any) -> dict[str, Any]:
-    return dataclasses.asdict(push_folder(folder, repo_id, **options))
+    return dataclasses.asdict(timm_fsr.push_to_hub(folder, repo_id, **options))
 
 
 def push_model(folder: str, repo_id: str, **options: Any) -> dict[str, Any]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from PIL import Image
 from support.runs import metrics, tiny
 
-import timm_fsr.training.results
-from timm_fsr.reports.report import Report
 from timm_fsr.training.results import plot_training
 from timm_fsr.training.trainer import train
-
-pytest.importorskip("matplotlib")
-Image = pytest.importorskip("PIL.Image")
-Axes = pytest.importorskip("matplotlib.axes").Axes
 
 SHORT = ["--data.limit_train=52", "--model.layer=null", "--evaluation.validation_steps=1", "--optim.epochs=1"]
 NAMES = {
@@ -41,7 +36,7 @@ def line(epoch: int, **accuracies: float) -> dict[str, float]:
 def curves(monkeypatch: pytest.MonkeyPatch) -> Curves:
     """What is drawn: by each label, its points."""
     drawn: Curves = {}
-    plot, mark = Axes.plot, Axes.axvline
+    plot, mark, level = Axes.plot, Axes.axvline, Axes.axhline
 
     def spy(self: Any, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
         drawn[kwargs["label"]] = (list(x), list(y))
@@ -51,7 +46,12 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> Curves:
         drawn[kwargs["label"]] = ([x], [])
         return mark(self, x, **kwargs)
 
+    def spy_level(self: Any, y: float, **kwargs: Any) -> Any:
+        drawn[kwargs["label"]] = ([], [y])
+        return level(self, y, **kwargs)
+
     monkeypatch.setattr(Axes, "plot", spy)
+    monkeypatch.setattr(Axes, "axhline", spy_level)
     monkeypatch.setattr(Axes, "axvline", spy_mark)
     return drawn
 
@@ -110,17 +110,5 @@ class TestRun:
         assert colours(tmp_path / "training.png")[BLUE] > 0
         (only,) = metrics(tmp_path)
         assert curves.pop("kept: epoch 1") == ([1], [])
+        assert curves.pop("chance") == ([], [10.0])
         assert curves == {label: ([1], [100 * only[name]]) for label, name in NAMES.items() if name in only}
-
-    def test_without_matplotlib_it_ends_well_and_says_what_is_missing(self, tmp_path, monkeypatch, capsys):
-        find = importlib.util.find_spec
-        monkeypatch.setattr(
-            timm_fsr.training.results.importlib.util,
-            "find_spec",
-            lambda name, *args: None if name == "matplotlib" else find(name, *args),
-        )
-        monkeypatch.setattr(timm_fsr.training.results, "plot_training", lambda *_, **__: pytest.fail("it was drawn"))
-        train(tiny(tmp_path, *SHORT))
-        assert "matplotlib is not installed: no training.png (pip install matplotlib)" in capsys.readouterr().out
-        assert not (tmp_path / "training.png").exists()
-        assert Report.load(tmp_path / "report.json").count == 20

@@ -193,7 +193,7 @@ def implementation_version() -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The reference warns of single zero gradients again and again; `timm_fsr.soundness` counts them instead."""
+    """The reference warns of single zero gradients again and again; `ModelCheck` counts them instead."""
     logger = logging.getLogger("auto-attack")
     before = logger.disabled
     logger.disabled = True

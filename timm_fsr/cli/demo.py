@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from timm_fsr.attacks.base import Attack
-from timm_fsr.data.streaming import Images
+from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.examples import attack_picture
 from timm_fsr.models.pixel import as_pixel_model
 from timm_fsr.reports.report import Report

@@ -220,10 +220,9 @@ def _rescore(options: argparse.Namespace, console: Console) -> None:
 
 def _print_report(report: Report, options: argparse.Namespace, console: Console) -> None:
     for name in (*report.correct, WORST_CASE):
-        value = report.worst_case if name == WORST_CASE else report.accuracy[name]
-        low, high = report.interval(name)
+        accuracy, (low, high) = report.accuracy_of(name), report.interval(name)
         console.print(
-            f"{name.replace('_', ' '):>20}  {100 * value:6.2f} %  [{100 * low:.1f}, {100 * high:.1f}]", markup=False
+            f"{name.replace('_', ' '):>20}  {100 * accuracy:6.2f} %  [{100 * low:.1f}, {100 * high:.1f}]", markup=False
         )
     findings = [f"{finding['level']}: {finding['text']}" for finding in report.evidence.get("findings", ())]
     for line in (*report.notes, *findings):

@@ -13,13 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from timm_fsr.hub.bundle import read_parts
-from timm_fsr.hub.card import check_card, render_card
-from timm_fsr.hub.publish import collect, push_folder
+from timm_fsr.hub.bundle import read_bundle
+from timm_fsr.hub.card import CardOptions, check_card, render_card
+from timm_fsr.hub.publish import collect, push_to_hub
 from timm_fsr.models.conversion import PLAIN, convert_checkpoint, read_foreign
 from timm_fsr.models.pretrained import CARD, REPORT, Pretrained, list_pretrained
 from timm_fsr.models.saving import save_pretrained
 from timm_fsr.models.weights import CONFIG
+from timm_fsr.reports.comparison import STRONG_ATTACKS
 from timm_fsr.reports.report import Report
 from timm_fsr.utils.files import staged, write_text
 
@@ -58,9 +59,9 @@ def card_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--tag", help="the name by which timm knows the model without the Hub's")
     _add_card_options(parser)
     options = parser.parse_args(arguments)
-    parts = read_parts(options.folder)
-    text = render_card(parts, options.repo_id, tag=options.tag, **_card_options(options))
-    check_card(text, parts, options.repo_id)
+    bundle = read_bundle(options.folder)
+    text = render_card(bundle, options.repo_id, _card_options(options), tag=options.tag)
+    check_card(text, bundle, options.repo_id)
     path = Path(options.output) if options.output else Path(options.folder) / CARD
     write_text(path, text)
     Console(highlight=False, soft_wrap=True).print(f"card: {path}; review it before it is pushed", markup=False)
@@ -93,14 +94,14 @@ def push_command(arguments: Sequence[str]) -> None:
         return
     if not (Path(options.folder) / CARD).is_file():
         console.print("the folder has no card, so one is generated; `timm-fsr card` writes it for review", markup=False)
-    done = push_folder(
+    done = push_to_hub(
         options.folder,
         options.repo_id,
         private=options.private,
         revision=options.revision,
         create_pr=options.create_pr,
         message=options.message,
-        **_card_options(options),
+        **vars(_card_options(options)),
     )
     console.print(done.url if done.changed else f"{options.repo_id} has all of it already: no commit", markup=False)
 
@@ -129,7 +130,7 @@ def convert_command(arguments: Sequence[str]) -> None:
 
 def _dry_run(options: argparse.Namespace, console: Console) -> None:
     """Collect what would be sent, show it, and write it if asked for."""
-    files = collect(options.folder, options.repo_id, **_card_options(options))
+    files = collect(options.folder, options.repo_id, _card_options(options))
     for name, content in files.items():
         console.print(f"{len(content):>12,} bytes  {name}", markup=False)
     if options.output:
@@ -156,15 +157,15 @@ def _add_card_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", help="user/name that the training started from (default: from the recipe)")
 
 
-def _card_options(options: argparse.Namespace) -> dict[str, Any]:
+def _card_options(options: argparse.Namespace) -> CardOptions:
     path = Path(options.baseline) if options.baseline else None
     baseline = Report.load(path / REPORT if path.is_dir() else path) if path else None
-    return {"baseline": baseline, "license": options.license, "base_model": options.base_model}
+    return CardOptions(license=options.license, base_model=options.base_model, baseline=baseline)
 
 
 def _row(entry: Pretrained) -> dict[str, Any]:
     report = Report.load(entry.folder / REPORT)
-    strong = [name for name in ("autoattack", "adaptive") if name in report.correct]
+    strong = [name for name in STRONG_ATTACKS if name in report.correct]
     return {
         "name": entry.name,
         "data": report.conditions.get("data", ""),

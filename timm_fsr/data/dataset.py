@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +17,89 @@ from timm_fsr.data.decoding import Rows, check_range
 from timm_fsr.data.sources import open_rows
 from timm_fsr.utils.random import derive_generator
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Images(ABC):
+    """Images with one label each, held in memory (`ImageData`) or decoded when needed (`StreamedData`).
+
+    Attributes:
+        labels: int64 tensor (N,), 0 <= label < len(classes).
+        classes: the name of each class.
+        name: where the images came from, for logs and reports.
+    """
+
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, whether or not each has an image here."""
+        return len(self.classes)
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell these images and labels from others."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """The same data, whose batches are on another device."""
+
+    @abstractmethod
+    def take(self, indices: Tensor, *, name: str | None = None) -> Self:
+        """The images at `indices`, an int64 tensor (M,), in that order, under the same name or another."""
+
+    def head(self, count: int) -> Self:
+        """The first `count` images, or all if there are fewer."""
+        return self.take(torch.arange(len(self))[:count])
+
+    def subset(self, count: int, *, seed: int = 0) -> Self:
+        """`count` images drawn by `seed`, each class in its share, in their order here.
+
+        Raises:
+            ValueError: `count` is not between 1 and the number of images.
+        """
+        return self if count == len(self) else self.split(count, seed=seed)[1]
+
+    def split(self, held_out: int | float, *, seed: int = 0) -> tuple[Self, Self]:
+        """Two disjoint parts (rest, held out), each class in its share in both, in their order here.
+
+        Args:
+            held_out: the number of images (int) or the fraction of them (float in (0, 1)) in the second part.
+            seed: with the labels the only thing that decides which images are held out.
+
+        Raises:
+            ValueError: one part would be empty.
+        """
+        rest, chosen = _split_indices(self.labels.cpu(), held_out, seed=seed, name=self.name)
+        drawn = f"{len(chosen)} of {len(self)}, seed {seed}"
+        return (
+            self.take(rest, name=f"{self.name} without held-out ({drawn})"),
+            self.take(chosen, name=f"{self.name} held-out ({drawn})"),
+        )
+
+    @abstractmethod
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Float images (M, C, H, W) in [0, 1] and int64 labels (M,) at `indices`, an int64 tensor (M,)."""
+
+    @abstractmethod
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images in [0, 1] and labels in natural order; the last batch may be smaller."""
+
 
 @dataclass(frozen=True, eq=False)
-class ImageData:
+class ImageData(Images):
     """Images with one label each, held as one uint8 tensor.
 
     Attributes:
@@ -50,14 +132,6 @@ class ImageData:
             raise ValueError(f"{self.name} has no images; check the source, the split and the limit")
         check_range(self.labels, len(self.classes), self.name)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes, whether or not each has an image here."""
-        return len(self.classes)
-
     @property
     def image_size(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
@@ -67,48 +141,20 @@ class ImageData:
     @cached_property
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of a SHA-256 over shape, pixels and labels."""
-        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()[:16]
+        return digest_of(tuple(self.images.shape), self.images, self.labels)
 
     def to(self, device: torch.device | str) -> ImageData:
         """The same data on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def take(self, indices: Tensor) -> ImageData:
-        """The images at `indices`, an int64 tensor (M,), in that order."""
+    def take(self, indices: Tensor, *, name: str | None = None) -> ImageData:
+        """The images at `indices`, an int64 tensor (M,), in that order, under the same name or another."""
         indices = indices.to(self.images.device)
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices], name=name or self.name)
 
     def head(self, count: int) -> ImageData:
-        """The first `count` images, or all if there are fewer."""
+        """The first `count` images, or all if there are fewer; they share memory with these."""
         return replace(self, images=self.images[:count], labels=self.labels[:count])
-
-    def subset(self, count: int, *, seed: int = 0) -> ImageData:
-        """`count` images drawn by `seed`, each class in its share, in their order here.
-
-        Raises:
-            ValueError: `count` is not between 1 and the number of images.
-        """
-        return self if count == len(self) else self.split(count, seed=seed)[1]
-
-    def split(self, held_out: int | float, *, seed: int = 0) -> tuple[ImageData, ImageData]:
-        """Two disjoint parts (rest, held out), each class in its share in both, in their order here.
-
-        Args:
-            held_out: the number of images (int) or the fraction of them (float in (0, 1)) in the second part.
-            seed: with the labels the only thing that decides which images are held out.
-
-        Raises:
-            ValueError: one part would be empty.
-        """
-        rest, chosen = split_indices(self.labels.cpu(), held_out, seed=seed, name=self.name)
-        drawn = f"{len(chosen)} of {len(self)}, seed {seed}"
-        return (
-            replace(self.take(rest), name=f"{self.name} without held-out ({drawn})"),
-            replace(self.take(chosen), name=f"{self.name} held-out ({drawn})"),
-        )
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Float images (M, C, H, W) in [0, 1] and int64 labels (M,) at `indices`, an int64 tensor (M,)."""
@@ -119,6 +165,14 @@ class ImageData:
         """Float images in [0, 1] and labels in natural order; the last batch may be smaller."""
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield images.float().div_(255), labels
+
+
+def digest_of(about: object, *tensors: Tensor) -> str:
+    """The first 16 hexadecimal digits of a SHA-256 over a value's repr and the content of tensors."""
+    digest = hashlib.sha256(repr(about).encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def load_data(
@@ -207,8 +261,8 @@ def check_format(size: tuple[int, int] | None, channels: int | None) -> None:
         raise ValueError(f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it")
 
 
-def split_indices(labels: Tensor, held_out: int | float, *, seed: int, name: str) -> tuple[Tensor, Tensor]:
-    """Ascending positions (rest, held out) in `labels`, as `ImageData.split` draws them.
+def _split_indices(labels: Tensor, held_out: int | float, *, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """Ascending positions (rest, held out) in `labels`, as `Images.split` draws them.
 
     Raises:
         ValueError: one part would be empty.

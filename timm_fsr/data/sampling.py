@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from timm_fsr.data.augment import Augmentation, ResizedCrop
-from timm_fsr.data.dataset import ImageData
-from timm_fsr.data.streaming import Images, StreamedData
+from timm_fsr.data.dataset import ImageData, Images
+from timm_fsr.data.streaming import StreamedData
 from timm_fsr.utils.random import derive_generator
 
 
@@ -83,7 +83,7 @@ def _check(data: Images, augmentation: Augmentation | ResizedCrop, extra: ImageD
         raise ValueError(f"extra_fraction={fraction} is a share of no images; give extra too, or leave it out")
 
 
-def _extra_count(data: ImageData, extra: ImageData, batch_size: int, fraction: float) -> int:
+def _extra_count(data: Images, extra: ImageData, batch_size: int, fraction: float) -> int:
     """How many images of a batch are extra ones."""
     if (extra.classes, extra.image_size) != (data.classes, data.image_size):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_fsr.data.augment import ResizedCrop
-from timm_fsr.data.dataset import ImageData, check_format, choose, split_indices
+from timm_fsr.data.dataset import Images, check_format, choose, digest_of
 from timm_fsr.data.decoding import MODES, Rows, check_range, fit, mode_of, pixels_of
 from timm_fsr.data.sources import open_rows
 from timm_fsr.utils.random import derive_generator
@@ -26,7 +25,7 @@ _TOGETHER = 8  # images read at once: asking the table for one costs as much as 
 
 
 @dataclass(frozen=True, eq=False)
-class StreamedData:
+class StreamedData(Images):
     """Images with one label each, read and decoded when they are asked for; otherwise as `ImageData`.
 
     Attributes:
@@ -67,14 +66,6 @@ class StreamedData:
             raise ValueError(f"workers={self.workers} must be 0 or more; 0 decodes without further processes")
         check_range(self.labels, len(self.classes), self.name)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes, whether or not each has an image here."""
-        return len(self.classes)
-
     @property
     def image_size(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
@@ -87,35 +78,16 @@ class StreamedData:
         Pixels are not in it, as that would mean decoding every image: other images in the same order with the same
         labels have the same fingerprint.
         """
-        digest = hashlib.sha256(repr((len(self), self.image_size, self.classes)).encode())
-        for tensor in (self.indices, self.labels):
-            digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()[:16]
+        return digest_of((len(self), self.image_size, self.classes), self.indices, self.labels)
 
     def to(self, device: torch.device | str) -> StreamedData:
         """The same data, whose batches go to another device."""
         return replace(self, labels=self.labels.to(device), device=torch.device(device))
 
-    def take(self, indices: Tensor) -> StreamedData:
-        """The images at `indices`, an int64 tensor (M,), in that order."""
-        return replace(self, indices=self.indices[indices.cpu()], labels=self.labels[indices.to(self.labels.device)])
-
-    def head(self, count: int) -> StreamedData:
-        """The first `count` images, or all if there are fewer."""
-        return replace(self, indices=self.indices[:count], labels=self.labels[:count])
-
-    def subset(self, count: int, *, seed: int = 0) -> StreamedData:
-        """As `ImageData.subset`, with the same images."""
-        return self if count == len(self) else self.split(count, seed=seed)[1]
-
-    def split(self, held_out: int | float, *, seed: int = 0) -> tuple[StreamedData, StreamedData]:
-        """As `ImageData.split`, with the same images in both parts."""
-        rest, chosen = split_indices(self.labels.cpu(), held_out, seed=seed, name=self.name)
-        drawn = f"{len(chosen)} of {len(self)}, seed {seed}"
-        return (
-            replace(self.take(rest), name=f"{self.name} without held-out ({drawn})"),
-            replace(self.take(chosen), name=f"{self.name} held-out ({drawn})"),
-        )
+    def take(self, indices: Tensor, *, name: str | None = None) -> StreamedData:
+        """The images at `indices`, an int64 tensor (M,), in that order, under the same name or another."""
+        labels = self.labels[indices.to(self.labels.device)]
+        return replace(self, indices=self.indices[indices.cpu()], labels=labels, name=name or self.name)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Float images (M, C, H, W) in [0, 1] and int64 labels (M,) at `indices`, decoded in this process."""
@@ -158,9 +130,6 @@ class StreamedData:
                 raise ValueError(images)
             pixels = images.to(self.device, non_blocking=True)
             yield pixels.float().div_(255), self.labels[places.to(self.labels.device)]
-
-
-Images = ImageData | StreamedData
 
 
 def stream_data(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -23,13 +22,14 @@ from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.examples import draw_examples
 from timm_fsr.evaluation.gradient_masking import gather_evidence
 from timm_fsr.evaluation.inference import BATCH_SIZE, clean_logits
-from timm_fsr.models.pixel import base_model
+from timm_fsr.hooks.placement import pretrained_cfg_of
+from timm_fsr.models.pixel import base_model, device_of
 from timm_fsr.reports.page import Entry, render_page
 from timm_fsr.reports.report import Report
 from timm_fsr.reports.statistics import calibration
 from timm_fsr.utils.files import write_text
 
-REPORT, EXAMPLES, PAGE, MEMO = "report.json", "examples.json", "report.html", "memo.json"
+REPORT, EXAMPLES, PAGE, CACHE = "report.json", "examples.json", "report.html", "memo.json"
 _EXAMPLE_IMAGES = 200  # among which the examples are chosen
 _TRAINING = (
     "training_data",
@@ -102,6 +102,7 @@ def assess(
         raise ValueError(f"data is {type(data).__name__}; give what timm_fsr.load_data returns")
     check_extras(norm, evidence_images=evidence_images, corruption_images=corruption_images)
     folder = Path(folder)
+    training = {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
     say = announce or (lambda _: None)
     report = evaluate(
         model,
@@ -112,6 +113,7 @@ def assess(
         seed=seed,
         name=name,
         data_name=data.name,
+        conditions={"data_fingerprint": data.fingerprint, "classes": list(data.classes), **training},
         transfer_from=transfer_from,
         folder=folder,
         overwrite=overwrite,
@@ -121,25 +123,21 @@ def assess(
     )
     if accelerator is not None and not accelerator.is_main_process:
         return report
-    report.conditions.update({"data_fingerprint": data.fingerprint, "classes": list(data.classes)})
-    report.conditions.update(
-        {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
-    )
     report = _with_earlier(report, folder)
     say("calibration")
     report = dataclasses.replace(
         report, calibration={"clean": calibration(*clean_logits(model, data.batches(batch_size)))}
     )
     report.save(folder / REPORT)
-    memo = Memo(folder / MEMO, {**_about(report), "versions": report.conditions["versions"]})
+    cache = Cache(folder / CACHE, {**_about(report), "versions": report.conditions["versions"]})
     if evidence_images:
         some = _some(model, data, evidence_images)
-        report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, memo, say))
+        report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, cache, say))
         report.save(folder / REPORT)
     if corruption_images:
         say("corruptions")
         some = _some(model, data, corruption_images)
-        report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, memo))
+        report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, cache))
         report.save(folder / REPORT)
     say("examples")
     some = _some(model, data, min(_EXAMPLE_IMAGES, batch_size))
@@ -179,7 +177,7 @@ def _evidence(
     some: tuple[Tensor, Tensor],
     report: Report,
     batch_size: int,
-    memo: Memo,
+    cache: Cache,
     announce: Announce,
 ) -> dict[str, Any]:
     """The evidence of honest gradients, each part of it kept as soon as it is known."""
@@ -191,7 +189,7 @@ def _evidence(
         seed=report.seed,
         batch_size=batch_size,
         announce=announce,
-        once=lambda part, make: memo.once(f"{part} on {len(some[0])} images by {batch_size}", make),
+        once=lambda part, make: cache.once(f"{part} on {len(some[0])} images by {batch_size}", make),
     )
 
 
@@ -213,7 +211,7 @@ def _with_earlier(report: Report, folder: Path) -> Report:
 
 
 def _corruptions(
-    model: nn.Module, data: tuple[Tensor, Tensor], seed: int, batch_size: int, memo: Memo
+    model: nn.Module, data: tuple[Tensor, Tensor], seed: int, batch_size: int, cache: Cache
 ) -> dict[str, dict[str, float]]:
     """Accuracy by kind and severity, each kind kept as soon as it is known."""
 
@@ -222,7 +220,7 @@ def _corruptions(
         found = corruption_accuracy(model, batches, names=[kind], seed=seed)
         return {str(level): share for level, share in found[kind].items()}
 
-    return {kind: memo.once(f"{kind} on {len(data[0])} images", partial(accuracy, kind)) for kind in CORRUPTIONS}
+    return {kind: cache.once(f"{kind} on {len(data[0])} images", partial(accuracy, kind)) for kind in CORRUPTIONS}
 
 
 def load_entry(path: str | Path) -> Entry:
@@ -248,7 +246,7 @@ def check_classes(model: nn.Module, data: ImageData) -> None:
     Raises:
         ValueError: see there.
     """
-    known = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
+    known = pretrained_cfg_of(base_model(model)).get("label_names")
     if known and len(known) == data.num_classes and not _same_names(known, data.classes):
         raise ValueError(
             f"the model was trained on the classes {', '.join(map(str, known[:5]))}, ... but {data.name} has "
@@ -263,13 +261,13 @@ def _same_names(known: Sequence[str], found: Sequence[str]) -> bool:
 
 def _some(model: nn.Module, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
     """So many images, each class in its share, and their labels, on the model's device."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     chosen = data.subset(min(count, len(data)))
     images, labels = next(chosen.batches(len(chosen)))
     return images.to(device), labels.to(device)
 
 
-class Memo:
+class Cache:
     """Plain JSON values by name.
 
     Args:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks.base import eval_mode
 from timm_fsr.evaluation.inference import Batches, as_batches, full_precision
 from timm_fsr.evaluation.model_checks import check_finite
-from timm_fsr.models.pixel import as_pixel_model
+from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.utils.errors import check_images, unknown
 from timm_fsr.utils.random import derive_generator
 
@@ -129,7 +129,7 @@ def corruption_accuracy(
             _check_kind(name, severity)
     library()
     pixel_model = as_pixel_model(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     right = {name: dict.fromkeys(severities, 0) for name in names}
     survivors = done = 0
     with eval_mode(pixel_model), torch.no_grad(), full_precision(device):

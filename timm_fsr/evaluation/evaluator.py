@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks.base import attack_mode
 from timm_fsr.attacks.bn_folding import Folding, find_folding
 from timm_fsr.evaluation.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
-from timm_fsr.evaluation.model_checks import Soundness, check_attacked, check_logits, check_model, examine
+from timm_fsr.evaluation.model_checks import ModelCheck, check_attacked, check_logits, check_model, examine
 from timm_fsr.evaluation.outcomes import (
     CLEAN,
     BatchOutcome,
@@ -32,7 +32,8 @@ from timm_fsr.evaluation.outcomes import (
 )
 from timm_fsr.evaluation.registry import Stage, Suite, Target, build_suites, check_names
 from timm_fsr.evaluation.saved_images import AttackedBatch, keep_attacked, load_attacked, perturbed, save_attacked
-from timm_fsr.models.pixel import as_pixel_model, base_model
+from timm_fsr.hooks.placement import pretrained_cfg_of
+from timm_fsr.models.pixel import as_pixel_model, base_model, device_of
 from timm_fsr.models.saving import weights_digest
 from timm_fsr.models.weights import model_digest
 from timm_fsr.reports.report import Report
@@ -78,6 +79,7 @@ def evaluate(
     seed: int = 0,
     name: str = "",
     data_name: str = "",
+    conditions: Mapping[str, Any] | None = None,
     transfer_from: Mapping[str, nn.Module] | None = None,
     folder: str | Path | None = None,
     overwrite: bool = False,
@@ -102,6 +104,7 @@ def evaluate(
         seed: of the random starts.
         name: of the model, for the report.
         data_name: of the data, for the report.
+        conditions: more to say in the report's conditions, as plain JSON values, such as how the model was trained.
         transfer_from: other models by name, whose adversarial images are tried by "adaptive" and "transfer".
         folder: where outcomes are noted as soon as they are known: the same evaluation, started again, goes on there.
         overwrite: replace what `folder` holds of another evaluation.
@@ -123,7 +126,7 @@ def evaluate(
     if save_images and folder is None:
         raise ValueError("save_images needs a folder to keep the images in; give folder")
     pixel_model = as_pixel_model(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     sources = {key: as_pixel_model(source).to(device) for key, source in (transfer_from or {}).items()}
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     with ExitStack() as modes:
@@ -154,11 +157,10 @@ def evaluate(
                     work.evaluate_batch(index, images.to(device), labels.to(device))
     check_agreement(accelerator, seen.hexdigest()[:16], "images or labels")
     parts = [work.result()] if accelerator is None else gather_object([work.result()])
-    report = put_together(parts, norm, float(eps), seed)
+    about = {**_conditions(model, name, data_name, device, world), "model_digest": key["model"], **(conditions or {})}
+    report = put_together(parts, norm, float(eps), seed, about)
     if save_images and rank == 0:
         work.tidy(sum(len(part.batches) for part in parts))
-    own, found = _conditions(model, name, data_name, device, world), dict(report.conditions)
-    report.conditions.update({**own, **found, "model_digest": key["model"]})
     return report
 
 
@@ -174,7 +176,7 @@ class _Work:
     folder: Path | None
     progress: Callable[[Standing], None] | None
     suites: list[Suite] = field(default_factory=list)
-    soundness: Soundness | None = None
+    model_check: ModelCheck | None = None
     folding: Folding = field(default_factory=Folding)
     outcomes: dict[int, BatchOutcome] = field(default_factory=dict)
     standing: Standing = Standing(0, 0, CLEAN)
@@ -201,7 +203,7 @@ class _Work:
 
     def result(self) -> Part:
         """What the other processes have to know."""
-        notes = [] if self.soundness is None else self.soundness.notes()
+        notes = [] if self.model_check is None else self.model_check.notes()
         asked = {suite_key(suite): KnownSuite.of(suite) for suite in self.suites}
         return Part(self.outcomes, asked, self._unasked(), notes)
 
@@ -216,9 +218,9 @@ class _Work:
         norm, eps, seed = self.threat
         check_images(images, labels)
         check_channels(self.model, images)
-        self.soundness = from_main(accelerator, lambda: examine(self.model, images, labels))
+        self.model_check = from_main(accelerator, lambda: examine(self.model, images, labels))
         self.folding = find_folding(self.model, images)
-        target = Target(self.model, norm, eps, seed, self.soundness, self.sources)
+        target = Target(self.model, norm, eps, seed, self.model_check, self.sources)
         for name in self.names:
             self.suites += [name] if isinstance(name, Suite) else build_suites([name], target)
         self.suites = list({suite.name: suite for suite in self.suites}.values())
@@ -355,7 +357,7 @@ def _versions() -> dict[str, str]:
 
 
 def _conditions(model: nn.Module, name: str, data_name: str, device: torch.device, world: int) -> dict[str, Any]:
-    classes = (getattr(base_model(model), "pretrained_cfg", None) or {}).get("label_names")
+    classes = pretrained_cfg_of(base_model(model)).get("label_names")
     return {
         "model": name or type(model).__name__,
         "data": data_name,

@@ -21,7 +21,7 @@ from timm_fsr.evaluation.model_checks import check_attacked, check_model, examin
 from timm_fsr.evaluation.suites.adaptive import mean_gradient
 from timm_fsr.hooks.surrogates import feature_layers, noisy
 from timm_fsr.hooks.tape import record
-from timm_fsr.models.pixel import as_pixel_model
+from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.reports.report import format_eps
 from timm_fsr.utils.errors import check_images
 from timm_fsr.utils.random import derive_generator, own_randomness
@@ -72,7 +72,7 @@ def gather_evidence(
         batch_size: images per pass; bounds the memory.
         announce: called with the name of each part before it begins.
         once: called with the name of each part and what gathers it, to give what it has kept of that part or to
-            gather and keep it, as `timm_fsr.evaluation.benchmark.Memo.once` does; None keeps nothing.
+            gather and keep it, as `timm_fsr.evaluation.benchmark.Cache.once` does; None keeps nothing.
 
     Returns:
         Plain JSON values: one entry per part, and "findings", sentences with a level "ok", "note" or "warning";
@@ -83,7 +83,7 @@ def gather_evidence(
         ModuleNotFoundError: AutoAttack, which has Square, is not installed.
     """
     pixel_model = as_pixel_model(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     images, labels = as_float(images).to(device), labels.to(device)
     check_images(images, labels)
     square = Component("square", norm, eps, seed)

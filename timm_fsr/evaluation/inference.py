@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks.base import attack_mode
 from timm_fsr.evaluation.model_checks import check_finite
-from timm_fsr.models.pixel import as_pixel_model, base_model
+from timm_fsr.models.pixel import as_pixel_model, base_model, device_of
 
 Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 BATCH_SIZE = 250
@@ -64,7 +64,7 @@ def predict(model: nn.Module, images: Tensor, kind: str) -> Tensor:
 def clean_logits(model: nn.Module, data: Batches) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) of clean images and their labels (N,), on the CPU, for calibration."""
     pixel_model = as_pixel_model(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with attack_mode(pixel_model), full_precision(device):
         pairs = [(pixel_model(images.to(device)).cpu(), labels.cpu()) for images, labels in as_batches(data)]
     logits, labels = zip(*pairs, strict=True)

@@ -1,4 +1,4 @@
-"""Soundness: whether a model can be judged by gradient attacks at all, looked at before any attack runs."""
+"""Model checks: whether a model can be judged by gradient attacks at all, looked at before any attack runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHER = 1e-3  # of the largest logit: far more than rounding, far less than wha
 
 
 @dataclass(frozen=True)
-class Soundness:
+class ModelCheck:
     """What a look at a model and a batch of images found.
 
     Attributes:
@@ -84,7 +84,7 @@ def check_model(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def examine(model: nn.Module, images: Tensor, labels: Tensor) -> Soundness:
+def examine(model: nn.Module, images: Tensor, labels: Tensor) -> ModelCheck:
     """Look at a pixel-space model in eval mode.
 
     Args:
@@ -110,7 +110,7 @@ def examine(model: nn.Module, images: Tensor, labels: Tensor) -> Soundness:
         _check_company(model, images, logits)
     gradients = input_gradient(anchored(lambda x: F.cross_entropy(model(x), labels, reduction="none")), images)
     check_gradients(gradients)
-    return Soundness(
+    return ModelCheck(
         num_classes=logits.shape[1],
         random=random,
         dynamic=count[0] > 0,

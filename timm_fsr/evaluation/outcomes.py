@@ -215,8 +215,10 @@ class Part:
     notes: list[str]
 
 
-def put_together(parts: Sequence[Part], norm: str, eps: float, seed: int) -> Report:
-    """The report of what all processes found, in the order of the batches.
+def put_together(
+    parts: Sequence[Part], norm: str, eps: float, seed: int, conditions: Mapping[str, Any] | None = None
+) -> Report:
+    """The report of what all processes found, in the order of the batches, under further `conditions`.
 
     Raises:
         ValueError: there was no batch.
@@ -252,6 +254,7 @@ def put_together(parts: Sequence[Part], norm: str, eps: float, seed: int) -> Rep
             "batch_size": max(len(batch.labels) for batch in batches),
             "autoattack_nonstandard": next((note for note in notes if "non-standard" in note), ""),
             **({"autoattack": implementation_version()} if set(attacks) & AUTOATTACK_SUITES.keys() else {}),
+            **(conditions or {}),
         },
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks.base import ATTACKS, NORMS, Attack, attack_fields, check_eps, judged_loss
 from timm_fsr.attacks.losses import cross_entropy
-from timm_fsr.evaluation.model_checks import Soundness
+from timm_fsr.evaluation.model_checks import ModelCheck
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.registry import Registry
 
@@ -75,7 +75,7 @@ class Target:
         norm: "linf", "l2", or "l1" for AutoAttack alone.
         eps: radius, in pixels of [0, 1].
         seed: of AutoAttack's random numbers.
-        soundness: what a look at the model found.
+        model_check: what a look at the model found.
         sources: pixel-space models by name, for attacks that are transferred.
     """
 
@@ -83,7 +83,7 @@ class Target:
     norm: str
     eps: float
     seed: int
-    soundness: Soundness
+    model_check: ModelCheck
     sources: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
@@ -191,12 +191,11 @@ def check_names(names: Sequence[str], norm: str, eps: float, *, sources: bool = 
 
 
 def build_suites(names: Sequence[str], target: Target) -> list[Suite]:
-    """The suites called `names` against `target`; "transfer" gives one for each source.
+    """The suites called `names`, which `check_names` has seen, against `target`; "transfer" gives one for each source.
 
     Raises:
-        ValueError, ModuleNotFoundError: see `check_names`.
+        ValueError: an attack does not fit the model's number of classes.
     """
-    check_names(names, target.norm, target.eps, sources=bool(target.sources))
     suites: list[Suite] = []
     for name in expand_names(names):
         entry, steps = _find(name)

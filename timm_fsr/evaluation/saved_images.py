@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks.base import attack_mode
 from timm_fsr.evaluation.inference import check_channels, full_precision, predict
 from timm_fsr.evaluation.model_checks import check_model
-from timm_fsr.models.pixel import as_pixel_model
+from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.utils.files import staged
 
 _ATTACKED = "attacked"
@@ -174,7 +174,7 @@ def rescore(model: nn.Module, folder: str | Path) -> dict[str, Rescored]:
         ValueError: they are damaged, or do not fit the model.
     """
     pixel_model = as_pixel_model(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     outcomes: dict[str, Rescored] = {}
     with attack_mode(pixel_model), full_precision(device):
         check_model(pixel_model)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.hooks.placement import At, find_places
+from timm_fsr.hooks.placement import At, find_places, pretrained_cfg_of
 from timm_fsr.hooks.site import LayerGroup, Site
 from timm_fsr.layers import layer_class
 from timm_fsr.layers.base import check_layer_args
@@ -65,7 +65,7 @@ def attach(
         group[place.name.replace(".", "_")] = new
         group.sites.append(Site(place.name, place.path, place.layout, new, group))
     group.to(*_device_and_dtype(model)).train(model.training)
-    group.base_architecture = _architecture(model)
+    group.base_architecture = pretrained_cfg_of(model).get("architecture")
     _register_first(model, layer, group)
     _hook(model, group)
     _describe(model, layer, group)
@@ -82,7 +82,7 @@ def detach(model: Model) -> Model:
     root = _root(model)
     for name, group in _own_groups(root).items():
         delattr(root, name)
-        config = getattr(root, "pretrained_cfg", None)
+        config = pretrained_cfg_of(root)
         if isinstance(config, dict) and group.base_architecture:
             config["architecture"] = group.base_architecture
         arguments = getattr(root, "_model_args", {})
@@ -192,7 +192,7 @@ def _describe(model: nn.Module, layer: str, group: LayerGroup) -> None:
         "at": [site.name for site in group.sites],
         **{f"{layer}_{key}": value for key, value in first.resolved_args().items()},
     }
-    config = getattr(model, "pretrained_cfg", None)
+    config = pretrained_cfg_of(model)
     if isinstance(config, dict) and group.base_architecture:
         config["architecture"] = f"{group.base_architecture}_{layer}"
     if hasattr(type(model), "reset_classifier"):
@@ -215,10 +215,6 @@ def _root(model: nn.Module) -> nn.Module:
 
 def _own_groups(model: nn.Module) -> dict[str, LayerGroup]:
     return {name: child for name, child in model.named_children() if isinstance(child, LayerGroup)}
-
-
-def _architecture(model: nn.Module) -> str | None:
-    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
 
 
 def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +89,12 @@ def find_places(model: nn.Module, at: At, default_at: tuple[int | str, ...]) -> 
     if twice:
         raise ValueError(f"at={at!r} names the module {twice[0]!r} twice; name each place once")
     return places, probe.stem
+
+
+def pretrained_cfg_of(model: nn.Module) -> Mapping[str, Any]:
+    """The `pretrained_cfg` of a timm model, not a copy; empty for a model that timm did not build."""
+    config = getattr(model, "pretrained_cfg", None)
+    return {} if config is None else config
 
 
 def run_probe(model: nn.Module) -> Probe:
@@ -314,14 +321,14 @@ def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) of the images the model was built for."""
-    config = getattr(model, "pretrained_cfg", None) or {}
+    config = pretrained_cfg_of(model)
     channels, height, width = config.get("input_size") or (3, 224, 224)
     image_size = getattr(model, "_traits", {}).get("img_size") or (height, width)
     return getattr(model, "in_chans", None) or channels, *image_size
 
 
 def _architecture(model: nn.Module) -> str:
-    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+    return pretrained_cfg_of(model).get("architecture") or type(model).__name__
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from timm_fsr.models.pretrained import RECIPE, REPORT
-from timm_fsr.models.weights import CONFIG, WEIGHTS, check_record
+from timm_fsr.models.weights import CONFIG, WEIGHTS, read_config
 from timm_fsr.reports.report import Report
 
 _PATH = re.compile(
@@ -23,7 +23,7 @@ _ROLES = ("best", "last")  # folders inside a run, which say nothing without its
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class Bundle:
     """What is known of a saved model.
 
     Attributes:
@@ -44,7 +44,7 @@ class Parts:
         return groups[0] if groups else recipe_layer
 
 
-def read_parts(folder: str | Path) -> Parts:
+def read_bundle(folder: str | Path) -> Bundle:
     """The configuration, report and recipe of a saved model, without paths of the machine that it was trained on.
 
     Raises:
@@ -60,14 +60,14 @@ def read_parts(folder: str | Path) -> Parts:
             f"{folder} lacks {', '.join(missing)}; a published model has its weights, the report of its evaluation and "
             "the recipe of its training: save_pretrained(model, folder, report=..., recipe=...) writes them all"
         )
-    config = _mapping(folder / CONFIG, json.loads)
-    recipe = _mapping(folder / RECIPE, yaml.safe_load)
+    config, recipe = read_config(folder), _read_recipe(folder / RECIPE)
     _check_config(config, folder / CONFIG)
     _check_recipe(recipe, folder / RECIPE)
     report = Report.load(folder / REPORT)
     report, recipe = publishable(report, recipe), without_paths(recipe, _paths(recipe, report))
-    report.conditions.pop("recipe", None)  # it has a file of its own
-    return Parts(config, report, {key: value for key, value in recipe.items() if key != "output"})
+    conditions = {key: value for key, value in report.conditions.items() if key != "recipe"}  # which has its own file
+    report = dataclasses.replace(report, conditions=conditions)
+    return Bundle(config, report, {key: value for key, value in recipe.items() if key != "output"})
 
 
 def publishable(report: Report, recipe: Mapping[str, Any] | None = None) -> Report:
@@ -117,9 +117,9 @@ def _shown(path: str) -> str:
     return (telling or parts or [path])[-1]
 
 
-def _mapping(path: Path, read: Any) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        found = read(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); save the model again") from error
     if not isinstance(found, dict) or not found:
@@ -128,7 +128,6 @@ def _mapping(path: Path, read: Any) -> dict[str, Any]:
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
-    check_record(config, str(path))
     given = config.get("pretrained_cfg")
     pretrained_cfg = given if isinstance(given, dict) else {}
     lacks = [f"pretrained_cfg.{key}" for key in ("input_size", "mean", "std") if not pretrained_cfg.get(key)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import yaml
@@ -13,10 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from timm.models import get_pretrained_cfg
 
-from timm_fsr.hub.bundle import Parts, publishable
+from timm_fsr.hub.bundle import Bundle, publishable
 from timm_fsr.models.pretrained import CARD, list_pretrained
 from timm_fsr.models.weights import RECORD
-from timm_fsr.reports.comparison import STRONG, differences, layer_of, listed, mcnemar, same_keys
+from timm_fsr.reports.comparison import STRONG_ATTACKS, differences, layer_of, listed, mcnemar, same_keys
 from timm_fsr.reports.report import WORST_CASE, Report
 
 _ANEW = f"make it anew by timm-fsr card (FOLDER/{CARD} is pushed unchanged)"
@@ -34,44 +35,50 @@ _ATTACK_NAMES = {"autoattack": "AutoAttack", "plus": "AutoAttack plus", "rand": 
 _LICENSE = re.compile(r"[a-z0-9]+([.+-]+[a-z0-9]+)*\+*")
 
 
-def render_card(
-    parts: Parts,
-    repo_id: str,
-    *,
-    tag: str | None = None,
-    baseline: Report | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-) -> str:
+@dataclass(frozen=True, eq=False)
+class CardOptions:
+    """What a card says besides what the model's folder knows.
+
+    Attributes:
+        license: of the weights, by the Hub's short name; None takes the one in the model's configuration.
+        base_model: what the training started from, "user/name"; None finds it in the recipe.
+        baseline: the report of the same training without the feature layer, on the same images, to compare with.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+    baseline: Report | None = None
+
+
+def render_card(bundle: Bundle, repo_id: str, options: CardOptions | None = None, *, tag: str | None = None) -> str:
     """The card of a model: metadata for the Hub, and Markdown.
 
     Args:
-        parts: see `read_parts`.
+        bundle: see `read_bundle`.
         repo_id: "user/name", where the model is or will be.
+        options: of the card.
         tag: the name by which timm knows the model without the Hub's, if it does.
-        baseline: the report of the same training without the feature layer, on the same images, to compare with.
-        license: of the weights, by the Hub's short name; None takes the one in the model's configuration.
-        base_model: what the training started from, "user/name"; None finds it in the recipe.
 
     Raises:
         ValueError: no licence is known, a name or licence that cannot be one, or a baseline that differs from the
             model in more than the layer.
     """
     check_repo_id(repo_id)
-    license = parts.config["pretrained_cfg"].get("license") if license is None else license
+    options = options or CardOptions()
+    license = bundle.config["pretrained_cfg"].get("license") if options.license is None else options.license
     if license is None:
         raise ValueError("the model's configuration names no licence; give one, such as license='apache-2.0'")
     check_license(license)
-    started, found = starting_point(parts.recipe)
-    if base_model is not None:
-        check_repo_id(base_model)
-        started = found = base_model
-    comparison = None if baseline is None else _comparison(parts, publishable(baseline))
-    body = _body(parts, repo_id=repo_id, tag=tag, license=license, started=started, baseline=comparison)
-    return f"---\n{metadata(parts, repo_id, license, found).to_yaml()}\n---\n\n{body}\n"
+    started, found = starting_point(bundle.recipe)
+    if options.base_model is not None:
+        check_repo_id(options.base_model)
+        started = found = options.base_model
+    comparison = None if options.baseline is None else _comparison(bundle, publishable(options.baseline))
+    body = _body(bundle, repo_id=repo_id, tag=tag, license=license, started=started, baseline=comparison)
+    return f"---\n{metadata(bundle, repo_id, license, found).to_yaml()}\n---\n\n{body}\n"
 
 
-def check_card(text: str, parts: Parts, repo_id: str) -> None:
+def check_card(text: str, bundle: Bundle, repo_id: str) -> None:
     """Refuse a card that the Hub would not understand, that is of another model, or whose figures are not the report's.
 
     Words may be added to a generated card; its lines that have figures have to stay as they are.
@@ -88,7 +95,7 @@ def check_card(text: str, parts: Parts, repo_id: str) -> None:
     check_license(data.license)
     if not re.search(rf"hf-hub:{re.escape(repo_id)}(?![\w.-])", text):
         raise ValueError(f"the card nowhere names hf-hub:{repo_id}, so it is of another repository; {_ANEW}")
-    expected, found = results(parts), data.get("eval_results") or []
+    expected, found = results(bundle), data.get("eval_results") or []
     if found != expected:
         differing = [str(result.metric_name) for result in expected if result not in found] or [
             "more results than those"
@@ -97,47 +104,46 @@ def check_card(text: str, parts: Parts, repo_id: str) -> None:
             f"the results in the card's metadata are not the report's ({', '.join(differing)}); the card is of another "
             f"evaluation: {_ANEW}"
         )
-    digest = str(parts.config.get(RECORD, {}).get("sha256", ""))[:16]
+    digest = str(bundle.config.get(RECORD, {}).get("sha256", ""))[:16]
     if digest not in text:
         raise ValueError(f"the card does not name the SHA-256 of these weights ({digest}...); {_ANEW}")
-    lines = _body(parts, repo_id=repo_id, tag=None, license=data.license, started=None, baseline=None).splitlines()
+    lines = _body(bundle, repo_id=repo_id, tag=None, license=data.license, started=None, baseline=None).splitlines()
     missing = [line for line in lines if " %" in line and line not in text.splitlines()]
     if missing:
         raise ValueError(f"the card lacks this line, or has other figures in it: {missing[0]!r}; {_ANEW}")
 
 
-def _body(parts: Parts, **given: Any) -> str:
-    """The text of a card; `given` is what is known of the model from elsewhere than its parts."""
+def _body(bundle: Bundle, **given: Any) -> str:
+    """The text of a card; `given` is what is known of the model from elsewhere than its bundle."""
     environment = Environment(
         loader=PackageLoader("timm_fsr.hub"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     title = given["repo_id"].partition("/")[2]
-    return environment.get_template("card.md").render(**_model_facts(parts), title=title, **given).strip()
+    return environment.get_template("card.md").render(**_model_facts(bundle), title=title, **given).strip()
 
 
-def _model_facts(parts: Parts) -> dict[str, Any]:
+def _model_facts(bundle: Bundle) -> dict[str, Any]:
     """What the template shows of the model itself."""
-    report, config, (tested, split) = parts.report, parts.config, tested_data(parts)
+    report, config, (tested, split) = bundle.report, bundle.config, tested_data(bundle)
     pretrained_cfg = config["pretrained_cfg"]
     channels, height, width = pretrained_cfg["input_size"]
     plain = not any(pretrained_cfg["mean"]) and all(value == 1 for value in pretrained_cfg["std"])
     return {
-        "parts": parts,
         "report": report,
         "config": config,
-        "recipe": parts.recipe,
-        "data": training_data(parts),
+        "recipe": bundle.recipe,
+        "data": training_data(bundle),
         "tested": report.conditions.get("data") or tested.title,
         "split": f"{split} " if split else "",
-        "layer": parts.layer,
+        "layer": bundle.layer,
         "record": config.get(RECORD, {}),
         "shape": f"(N, {channels}, {height}, {width})",
         "statistics": None if plain else (pretrained_cfg["mean"], pretrained_cfg["std"]),
         "classes": config.get("label_names") or pretrained_cfg.get("label_names"),
         "rows": [_row(report, name) for name in (*report.correct, WORST_CASE)],
         "adaptive": _stages(report, "adaptive"),
-        "strong": [name for name in STRONG if name in report.correct],
+        "strong": [name for name in STRONG_ATTACKS if name in report.correct],
         "findings": report.evidence.get("findings", []),
         "beyond": next(((eps, share) for eps, share in _radii(report) if eps > report.eps), None),
         "corruption": _mean_corruption(report),
@@ -146,8 +152,7 @@ def _model_facts(parts: Parts) -> dict[str, Any]:
 
 def _row(report: Report, name: str) -> dict[str, Any]:
     low, high = report.interval(name)
-    accuracy = report.worst_case if name == WORST_CASE else report.accuracy[name]
-    return {"name": name.replace("_", " "), "accuracy": accuracy, "low": low, "high": high}
+    return {"name": name.replace("_", " "), "accuracy": report.accuracy_of(name), "low": low, "high": high}
 
 
 def _stages(report: Report, name: str) -> list[tuple[str, int]]:
@@ -170,10 +175,10 @@ def _mean_corruption(report: Report) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def _comparison(parts: Parts, baseline: Report) -> dict[str, Any]:
+def _comparison(bundle: Bundle, baseline: Report) -> dict[str, Any]:
     """The baseline's figures beside the model's, and whether chance explains the difference in the worst case."""
-    report = parts.report
-    same, whole = _common(report, baseline), _check_recipes(parts.recipe, baseline.conditions.get("recipe"))
+    report = bundle.report
+    same, whole = _common(report, baseline), _check_recipes(bundle.recipe, baseline.conditions.get("recipe"))
     gained, lost, distinguishable = mcnemar(baseline, report, WORST_CASE)
     rows = [(_row(report, name), _row(baseline, name)) for name in (*report.correct, WORST_CASE)]
     return {
@@ -297,15 +302,15 @@ def check_license(license: str) -> None:
         )
 
 
-def training_data(parts: Parts) -> DataFacts:
+def training_data(bundle: Bundle) -> DataFacts:
     """Of what the recipe trains on."""
-    return _facts(parts.recipe.get("data", {}).get("source"))
+    return _facts(bundle.recipe.get("data", {}).get("source"))
 
 
-def tested_data(parts: Parts) -> tuple[DataFacts, str | None]:
+def tested_data(bundle: Bundle) -> tuple[DataFacts, str | None]:
     """Of what the report was made on, and which split of it; None if it does not say."""
-    named = re.match(r"(.*?)\[([^\]]*)\]", str(parts.report.conditions.get("data") or ""))
-    return (_facts(named[1]), named[2]) if named else (_facts(parts.report.conditions.get("data")), None)
+    named = re.match(r"(.*?)\[([^\]]*)\]", str(bundle.report.conditions.get("data") or ""))
+    return (_facts(named[1]), named[2]) if named else (_facts(bundle.report.conditions.get("data")), None)
 
 
 def starting_point(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -322,9 +327,9 @@ def starting_point(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return (config.hf_hub_id,) * 2 if config else (None, None)
 
 
-def metadata(parts: Parts, repo_id: str, license: str, base_model: str | None) -> ModelCardData:
+def metadata(bundle: Bundle, repo_id: str, license: str, base_model: str | None) -> ModelCardData:
     """The head of a card."""
-    data = training_data(parts)
+    data = training_data(bundle)
     return ModelCardData(
         model_name=repo_id.partition("/")[2],
         library_name="timm",
@@ -337,20 +342,19 @@ def metadata(parts: Parts, repo_id: str, license: str, base_model: str | None) -
             "timm_fsr",
             "image-classification",
             "adversarial-robustness",
-            *([parts.layer] if parts.layer else []),
-            *(["arxiv:2303.13846"] if parts.layer == "fsr" else []),
+            *([bundle.layer] if bundle.layer else []),
+            *(["arxiv:2303.13846"] if bundle.layer == "fsr" else []),
         ],
-        eval_results=results(parts),
+        eval_results=results(bundle),
     )
 
 
-def results(parts: Parts) -> list[EvalResult]:
+def results(bundle: Bundle) -> list[EvalResult]:
     """Accuracies in percent: clean, under AutoAttack where it ran, and the worst case."""
-    report, (data, split) = parts.report, tested_data(parts)
+    report, (data, split) = bundle.report, tested_data(bundle)
     names = ["clean", *(name for name in _ATTACK_NAMES if name in report.correct), WORST_CASE]
     found = []
     for name in names:
-        value = report.worst_case if name == WORST_CASE else report.accuracy[name]
         attack = _ATTACK_NAMES.get(name, "worst case of all attacks")
         details: dict[str, Any] = {"n_examples": report.count, "seed": report.seed}
         if name != "clean":
@@ -364,7 +368,7 @@ def results(parts: Parts) -> list[EvalResult]:
                 dataset_split=split,
                 metric_type="accuracy",
                 metric_name="Accuracy" if name == "clean" else f"Robust accuracy ({attack}, {report.threat})",
-                metric_value=round(100 * value, 2),
+                metric_value=round(100 * report.accuracy_of(name), 2),
                 metric_args=details,
             )
         )

@@ -17,8 +17,8 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 from torch import nn
 
-from timm_fsr.hub.bundle import Parts, read_parts
-from timm_fsr.hub.card import check_card, check_repo_id, render_card
+from timm_fsr.hub.bundle import Bundle, read_bundle
+from timm_fsr.hub.card import CardOptions, check_card, check_repo_id, render_card
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.models.saving import load, save_pretrained, weights_digest
 from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS
@@ -67,10 +67,10 @@ class Push:
 
 
 def push_to_hub(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     repo_id: str,
     *,
-    report: Report,
+    report: Report | None = None,
     recipe: Mapping[str, Any] | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -83,11 +83,15 @@ def push_to_hub(
 ) -> Published:
     """Publish a model with its report, recipe and card, in one commit.
 
+    A card (`README.md`) in a folder is pushed unchanged; without one, one is generated. The folder is only read. Paths
+    of this machine in the report and the recipe are cut to their last part. An open pull request of yours that holds
+    the same files is found, not doubled.
+
     Args:
-        model: what `save_pretrained` takes.
+        model: what `save_pretrained` takes, or the path of a folder that it wrote.
         repo_id: "user/name"; the repository is made if it does not exist.
-        report: of the evaluation of this very model.
-        recipe: how it was trained; None takes the one that the report of a training run has.
+        report: of the evaluation of this very model; a folder brings its own.
+        recipe: how it was trained; None takes the one that the report of a training run has. A folder brings its own.
         private: make a new repository private or public; None takes the Hub's default. An existing one must be so.
         revision: branch to commit to; made if missing.
         create_pr: open a pull request instead.
@@ -101,42 +105,20 @@ def push_to_hub(
         ValueError, FileNotFoundError: a part is missing or does not belong to the others; nothing was sent.
         PermissionError, ConnectionError: the Hub refused or could not be reached; it holds all of the push or nothing.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, report=report, recipe=recipe)
-        return push_folder(
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            message=message,
-            token=token,
-            license=license,
-            base_model=base_model,
-            baseline=baseline,
-        )
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    message: str | None = None,
-    token: str | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    baseline: Report | None = None,
-) -> Published:
-    """Publish a folder that `save_pretrained` wrote; the other arguments and errors are those of `push_to_hub`.
-
-    A card (`README.md`) in the folder is pushed unchanged; without one, one is generated. The folder is only read.
-    An open pull request of ours that holds the same already is found, not doubled.
-    Paths of this machine in the report and the recipe are cut to their last part.
-    """
-    files = collect(folder, repo_id, license=license, base_model=base_model, baseline=baseline)
+    card = CardOptions(license=license, base_model=base_model, baseline=baseline)
+    if not isinstance(model, nn.Module):
+        if report is not None or recipe is not None:
+            raise ValueError(
+                f"report and recipe are for a model, but {model} is a folder, which has its own; leave them out, or "
+                "write them into the folder by save_pretrained(model, folder, report=..., recipe=...)"
+            )
+        files = collect(model, repo_id, card)
+    elif report is None:
+        raise ValueError("a published model needs the report of its evaluation; give report=timm_fsr.evaluate(...)")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            save_pretrained(model, folder, report=report, recipe=recipe)
+            files = collect(folder, repo_id, card)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request is made against main, not {revision!r}; leave out create_pr or revision")
     message = message or f"Publish {repo_id.rpartition('/')[2]} by timm_fsr"
@@ -146,55 +128,52 @@ def push_folder(
         return retried(lambda: _push(push, heads), once_sent=not create_pr)  # a second pull request would do harm
 
 
-def collect(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    license: str | None = None,
-    base_model: str | None = None,
-    baseline: Report | None = None,
-) -> dict[str, bytes]:
+def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None) -> dict[str, bytes]:
     """The files of a push by name, after everything that can be checked without the Hub has been.
+
+    Args:
+        folder: that `save_pretrained` wrote.
+        repo_id: "user/name".
+        options: of the card that is generated if the folder has none.
 
     Raises:
         ValueError, FileNotFoundError: see `push_to_hub`.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), options or CardOptions()
     check_repo_id(repo_id)
-    given = {"license": license, "base_model": base_model, "baseline": baseline}
-    ignored = ", ".join(name for name, value in given.items() if value is not None)
+    ignored = ", ".join(name for name, value in vars(options).items() if value is not None)
     if ignored and (folder / CARD).is_file():
         raise ValueError(
             f"{folder} has a card, which is pushed unchanged, so {ignored} would be ignored; make it anew by timm-fsr "
             "card with them, or leave them out"
         )
-    parts = read_parts(folder)
+    bundle = read_bundle(folder)
     model = load(str(folder))  # whoever downloads it has to be able to
-    _check_same_weights(parts, folder, model)
+    _check_same_weights(bundle, folder, model)
     if (folder / CARD).is_file():
         card = (folder / CARD).read_text(encoding="utf-8")
     else:
-        card = render_card(parts, repo_id, license=license, base_model=base_model, baseline=baseline)
-    check_card(card, parts, repo_id)
+        card = render_card(bundle, repo_id, options)
+    check_card(card, bundle, repo_id)
     config, weights = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != parts.config[RECORD]["sha256"] or json.loads(config) != parts.config:
+    if hashlib.sha256(weights).hexdigest() != bundle.config[RECORD]["sha256"] or json.loads(config) != bundle.config:
         raise ValueError(f"{folder} was changed while it was read, as a running training does; push it afterwards")
     return {
         CARD: card.encode(),
         CONFIG: config,
         WEIGHTS: weights,
-        RECIPE: yaml.safe_dump(dict(parts.recipe), sort_keys=False, allow_unicode=True).encode(),
-        REPORT: parts.report.to_json().encode(),
+        RECIPE: yaml.safe_dump(dict(bundle.recipe), sort_keys=False, allow_unicode=True).encode(),
+        REPORT: bundle.report.to_json().encode(),
     }
 
 
-def _check_same_weights(parts: Parts, folder: Path, model: nn.Module) -> None:
+def _check_same_weights(bundle: Bundle, folder: Path, model: nn.Module) -> None:
     """Refuse a report that is about other weights, which would be a false promise.
 
     It may be about the file, or about the float32 weights that a file in half precision becomes when it is loaded.
     """
-    judged = parts.report.conditions.get("weights_sha256")
-    saved = parts.config.get(RECORD, {}).get("sha256")
+    judged = bundle.report.conditions.get("weights_sha256")
+    saved = bundle.config.get(RECORD, {}).get("sha256")
     if judged is None or saved is None:
         what = REPORT if judged is None else CONFIG
         raise ValueError(

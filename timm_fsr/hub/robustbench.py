@@ -16,6 +16,7 @@ from timm.models import is_model, model_entrypoint
 from timm.models._registry import register_model
 from torch import nn
 
+from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.pixel import PixelModel, base_model
 from timm_fsr.models.saving import load, resolve
 from timm_fsr.reports.report import Report, format_eps
@@ -168,7 +169,7 @@ class _Alias(PixelModel):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.num_classes: Any = getattr(model, "num_classes", None)
-        config = getattr(model, "pretrained_cfg", None) or {}
+        config = pretrained_cfg_of(model)
         self.pretrained_cfg = {**config, "mean": (0.0,) * self.mean.numel(), "std": (1.0,) * self.std.numel()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

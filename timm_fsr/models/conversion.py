@@ -31,7 +31,7 @@ NESTED = 10  # wrappers and prefixes that are taken off
 SHOWN = 8  # keys that an error message lists before it only counts
 
 
-class Target(NamedTuple):
+class Slot(NamedTuple):
     """Where an official weight goes: our key, and the shape it must have there."""
 
     key: str
@@ -161,7 +161,7 @@ def convert_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return _renamed(official, wanted, network)
 
 
-def _renamed(official: Mapping[str, Any], wanted: Mapping[str, Target], network: OfficialNetwork) -> dict[str, Tensor]:
+def _renamed(official: Mapping[str, Any], wanted: Mapping[str, Slot], network: OfficialNetwork) -> dict[str, Tensor]:
     missing = [key for key in wanted if key not in official]
     unknown = [key for key in official if key not in wanted and not key.startswith(network.unused)]
     if missing or unknown:
@@ -171,7 +171,7 @@ def _renamed(official: Mapping[str, Any], wanted: Mapping[str, Target], network:
             f"the state dict looks like {network.title}, but its keys differ ({problems});"
             " give that network's state dict, whole and unchanged"
         )
-    return {target.key: _fitted(official[key], target, key) for key, target in wanted.items()}
+    return {slot.key: _fitted(official[key], slot, key) for key, slot in wanted.items()}
 
 
 def convert_plain(state_dict: Mapping[str, Any], architecture: str) -> dict[str, Tensor]:
@@ -274,7 +274,7 @@ def _recognise(official: Mapping[str, Any]) -> OfficialNetwork:
     )
 
 
-def _wanted(network: OfficialNetwork, num_classes: int) -> dict[str, Target]:
+def _wanted(network: OfficialNetwork, num_classes: int) -> dict[str, Slot]:
     """Each official key that must be there, and where it goes."""
     with torch.device("meta"):
         backbone: Any = timm.create_model(network.backbone, num_classes=num_classes)
@@ -284,7 +284,7 @@ def _wanted(network: OfficialNetwork, num_classes: int) -> dict[str, Target]:
     return _wanted_backbone(network, num_classes) | fsr
 
 
-def _wanted_backbone(network: OfficialNetwork, num_classes: int) -> dict[str, Target]:
+def _wanted_backbone(network: OfficialNetwork, num_classes: int) -> dict[str, Slot]:
     """The same for the network without FSR, which is built without weights, by its timm name."""
     with torch.device("meta"):
         backbone: Any = timm.create_model(network.backbone, num_classes=num_classes)
@@ -293,11 +293,11 @@ def _wanted_backbone(network: OfficialNetwork, num_classes: int) -> dict[str, Ta
         theirs = ours
         for pattern, replacement in network.spelling:
             theirs = re.sub(pattern, replacement, theirs)
-        wanted[theirs] = Target(ours, tuple(tensor.shape))
+        wanted[theirs] = Slot(ours, tuple(tensor.shape))
     return wanted
 
 
-def _wanted_fsr(prefix: str, channels: int, num_classes: int) -> dict[str, Target]:
+def _wanted_fsr(prefix: str, channels: int, num_classes: int) -> dict[str, Slot]:
     """The same for FSR: two networks of three convolutions and two batch norms, and the auxiliary head."""
     shapes: dict[str, Shape] = {
         "0.weight": (HIDDEN, channels, 3, 3),
@@ -309,23 +309,23 @@ def _wanted_fsr(prefix: str, channels: int, num_classes: int) -> dict[str, Targe
         shapes |= {f"{norm}.{name}": (HIDDEN,) for name in vectors}
         shapes[f"{norm}.num_batches_tracked"] = ()
     wanted = {
-        "aux.0.weight": Target(f"{prefix}.head.weight", (num_classes, channels)),
-        "aux.0.bias": Target(f"{prefix}.head.bias", (num_classes,)),
+        "aux.0.weight": Slot(f"{prefix}.head.weight", (num_classes, channels)),
+        "aux.0.bias": Slot(f"{prefix}.head.bias", (num_classes,)),
     }
     for ours, theirs in (("separation", "separation.sep_net"), ("recalibration", "recalibration.rec_net")):
         for key, shape in shapes.items():
-            wanted[f"{theirs}.{key}"] = Target(f"{prefix}.{ours}.{key}", shape)
+            wanted[f"{theirs}.{key}"] = Slot(f"{prefix}.{ours}.{key}", shape)
     return wanted
 
 
-def _fitted(tensor: Tensor, target: Target, key: str) -> Tensor:
+def _fitted(tensor: Tensor, slot: Slot, key: str) -> Tensor:
     """`tensor` as it is, or as a 1x1 convolution where timm has one in place of a linear layer."""
-    if tuple(tensor.shape) == target.shape:
+    if tuple(tensor.shape) == slot.shape:
         return tensor
-    if (*tensor.shape, 1, 1) == target.shape:
-        return tensor.reshape(target.shape)
+    if (*tensor.shape, 1, 1) == slot.shape:
+        return tensor.reshape(slot.shape)
     raise ValueError(
-        f"{key!r} has the shape {tuple(tensor.shape)}, but {target.key!r} needs {target.shape}; only"
+        f"{key!r} has the shape {tuple(tensor.shape)}, but {slot.key!r} needs {slot.shape}; only"
         " networks of the official widths, for RGB images of 32x32, can be converted"
     )
 

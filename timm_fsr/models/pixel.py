@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from timm_fsr.hooks.placement import pretrained_cfg_of
+
 
 class PixelModel(nn.Module):
     """Maps images in [0, 1] to logits: normalises by the timm model's `pretrained_cfg` mean and std, then calls it.
@@ -25,7 +27,7 @@ class PixelModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        config = getattr(model, "pretrained_cfg", None) or {}
+        config = pretrained_cfg_of(model)
         channels = getattr(model, "in_chans", None) or (config.get("input_size") or (3,))[0]
         mean, std = (_per_channel(config.get(key, default), channels, key) for key, default in _PLAIN.items())
         if not (std > 0).all():  # also true for NaN
@@ -50,8 +52,7 @@ def as_pixel_model(model: nn.Module) -> nn.Module:
         return model
     wrapped = PixelModel(model)
     wrapped.training = model.training  # not train(), which would set each of the model's own modules too
-    parameter = next(model.parameters(), None)
-    return wrapped if parameter is None else wrapped.to(parameter.device)
+    return wrapped.to(device_of(model))
 
 
 def _per_channel(values: object, channels: int, key: str) -> Tensor:
@@ -64,6 +65,11 @@ def _per_channel(values: object, channels: int, key: str) -> Tensor:
         f"pretrained_cfg[{key!r}] has {tensor.numel()} values but the model takes {channels} channels; "
         f"set pretrained_cfg[{key!r}] to {channels} values"
     )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
-from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS, check_record
+from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS, damaged, read_config
 
 HUB_VARIABLE = "TIMM_FSR_HUB"
 DEFAULT_HUB = "timm-fsr"
@@ -90,17 +89,13 @@ def read_pretrained(folder: str | Path) -> Pretrained:
         ValueError: that is damaged or of a newer version, or the folder is called otherwise.
     """
     folder = Path(folder).absolute()
-    path = folder / CONFIG
     architecture, _, tag = folder.name.partition(".")
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}; give a folder that save_pretrained wrote")
+    config = read_config(folder)
     try:
-        config = json.loads(path.read_bytes())
         found = config["architecture"]
         config["pretrained_cfg"]["input_size"], config["num_classes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); save the model again") from error
-    check_record(config, str(folder))
+    except (KeyError, TypeError) as error:
+        raise damaged(str(folder / CONFIG), repr(error)) from error
     if not tag or found != architecture:
         raise ValueError(
             f"the folder {folder.name} holds a {found}; call it {found}.<tag>, as it will be known to timm"

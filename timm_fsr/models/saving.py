@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 import shutil
@@ -20,6 +19,7 @@ from safetensors.torch import save, save_file
 from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
 from torch import Tensor, nn
 
+from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.layers import LAYERS, list_layers
 from timm_fsr.models.pixel import base_model
@@ -28,8 +28,9 @@ from timm_fsr.models.weights import (
     CONFIG,
     RECORD,
     WEIGHTS,
-    check_record,
+    damaged,
     make_record,
+    read_config,
     told_by_version,
     verify_folder,
     verify_hub,
@@ -187,7 +188,7 @@ def resolve(name: str) -> str:
         return name
     path = Path(name.removeprefix(FOLDER))
     if name.startswith(FOLDER) or path.is_dir():
-        _check_config(path / CONFIG)
+        _check_architecture(read_config(path), str(path / CONFIG))
         return f"{FOLDER}{path}"
     if path.is_file():
         raise ValueError(
@@ -215,27 +216,19 @@ def _checked(name: str, cache_dir: str | None) -> str:
     Refuses what timm would refuse in its own words, or not at all; the files checked stay in the cache.
     """
     path = Path(download_from_hf(name, CONFIG, cache_dir=cache_dir))
-    _check_config(path, f"{HUB}{name}")
+    source = f"{HUB}{name}"
+    _check_architecture(read_config(path.parent, source), source)
     commit = f"{hf_split(name)[0]}@{path.parent.name}"
     verify_hub(commit, cache_dir)
     return commit
 
 
-def _check_config(path: Path, source: str | None = None) -> None:
-    """Refuse a configuration that is missing or damaged, of a newer format or an unknown architecture."""
-    if not path.is_file():
-        best = path.parent / "best"
-        remedy = f"{best}, which training chose" if (best / CONFIG).is_file() else "a folder that save_pretrained wrote"
-        raise FileNotFoundError(f"{path.parent} has no {CONFIG}, so it is no saved model; give {remedy}")
-    source = source or str(path)
-    try:
-        config = json.loads(path.read_bytes())
-        architecture = config["architecture"]
-        known = timm.is_model(architecture)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source} is damaged ({error!r}); download or save the model again") from error
-    check_record(config, source)  # a newer version may know more architectures
-    if not known:
+def _check_architecture(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a configuration of no architecture, or of an unknown one."""
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str):
+        raise damaged(source, f"its architecture is {architecture!r}")
+    if not timm.is_model(architecture):
         raise ValueError(f"{unknown(f'architecture in {source}', architecture, timm.list_models())}; {_remedy(config)}")
 
 
@@ -280,7 +273,7 @@ def _one_line(error: Exception) -> str:
 def _check_rebuildable(model: nn.Module) -> None:
     if len(layer_groups(model)) > 1:
         raise ValueError("a checkpoint can hold one kind of feature layer; detach and attach only one")
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    architecture = pretrained_cfg_of(model).get("architecture")
     if not architecture or not timm.is_model(architecture):
         raise ValueError(
             f"{type(model).__name__} cannot be rebuilt from a checkpoint: {architecture!r} is no registered timm "

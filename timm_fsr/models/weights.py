@@ -61,6 +61,38 @@ def make_record(weights: Path, dtype: str | None = None, imports: Sequence[str] 
     }
 
 
+def read_config(folder: str | Path, source: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a saved model, with its record checked.
+
+    Args:
+        folder: of the saved model.
+        source: what the user calls the model, for messages about a damaged file; None takes the path of the file.
+
+    Raises:
+        FileNotFoundError: there is no `config.json`.
+        ValueError: it is damaged, or needs a newer version of this package.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        best = path.parent / "best"
+        remedy = f"{best}, which training chose" if (best / CONFIG).is_file() else "a folder that save_pretrained wrote"
+        raise FileNotFoundError(f"{path.parent} has no {CONFIG}, so it is no saved model; give {remedy}")
+    source = source or str(path)
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise damaged(source, error) from error
+    if not isinstance(config, dict):
+        raise damaged(source, "it holds no keys and values")
+    check_record(config, source)
+    return config
+
+
+def damaged(source: str, reason: object) -> ValueError:
+    """The error for a configuration that cannot be used."""
+    return ValueError(f"{source} is damaged ({reason}); download or save the model again")
+
+
 def check_record(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     """The record of a configuration; {} if another package wrote it.
 
@@ -130,8 +162,8 @@ def verify_folder(folder: Path) -> Path | None:
         ValueError: the checksum differs, there are no weights to compare it with, or the configuration is of a newer
             format or damaged.
     """
-    config, source = folder / CONFIG, f"{_FOLDER}{folder}"
-    digest = _noted_digest(_read(config), source) if config.is_file() else None
+    source = f"{_FOLDER}{folder}"
+    digest = _noted_digest(read_config(folder), source) if (folder / CONFIG).is_file() else None
     if digest is None:
         return None
     weights = folder / WEIGHTS
@@ -161,7 +193,7 @@ def verify_hub(
     (repository, revision), source = hf_split(name), f"hf-hub:{name}"
     config = _download(repository, CONFIG, revision, cache_dir) if digest is None else None
     if config is not None:
-        digest, revision = _noted_digest(_read(config), source, file), config.parent.name
+        digest, revision = _noted_digest(read_config(config.parent, source), source, file), config.parent.name
     if digest is None:
         return None
     weights = _download(repository, WEIGHTS, revision, cache_dir) if file in (None, WEIGHTS) else None
@@ -210,7 +242,7 @@ def load_weights(config: Mapping[str, Any], cache_dir: str | None, digest: str |
 
 def _noted_digest(config: Mapping[str, Any], source: str, file: str | None = None) -> str | None:
     """The checksum in a configuration; ValueError if its weights are to come from a file that is not the noted one."""
-    digest = check_record(config, source).get("sha256")
+    digest = config.get(RECORD, {}).get("sha256")
     own = config.get("pretrained_cfg")
     named = file or (own.get("hf_hub_filename") if isinstance(own, Mapping) else None)
     if digest and named not in (None, WEIGHTS):
@@ -245,7 +277,7 @@ def _source_record(config: Mapping[str, Any], cache_dir: str | None) -> Mapping[
             path = _download(*_split(config["hf_hub_id"], CONFIG), cache_dir)
         else:
             return {}
-        return check_record(_read(path), str(path)) if path else {}
+        return read_config(path.parent).get(RECORD, {}) if path else {}
     except (ValueError, OSError):  # there is another error to tell
         return {}
 
@@ -266,16 +298,6 @@ def _newer(record: Mapping[str, Any]) -> str:
 
 def _order(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-
-
-def _read(config: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(config.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{config} is damaged ({error}); download or save the model again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{config} is damaged: it holds no configuration; download or save the model again")
-    return found
 
 
 def model_digest(model: nn.Module) -> str:

@@ -1,18 +1,50 @@
-"""Charts: small SVG drawings with axes and labels, styled by the page that holds them."""
+"""Pictures, drawn by matplotlib: SVG inside a page, in the page's own colours, and PNG files."""
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-WIDTH, HEIGHT = 560, 300
+from timm_fsr.utils.files import staged
+
+if TYPE_CHECKING:  # loaded only when something is drawn: it takes a while
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 560, 300  # of a chart in a page, in CSS pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 28, 14, 46
-_DASHES = ("", "7 4", "2 4", "9 3 2 3")  # so that lines differ without their colour too
-_COLOURS = 4  # the page defines as many classes "s0" to "s3"
-_LINE = '<line class="line s{colour}" stroke-dasharray="{dash}" x1="1" x2="27" y1="5" y2="5"/>'  # in the legend
-_BAR = '<path class="bar s{colour}" d="M9 0h10v10h-10z"/>'
+_LEGEND_ROW = 20
+_DASHES = ((), (7, 4), (2, 4), (9, 3, 2, 3))  # so that lines differ without their colour too
+
+# The colours of a light page. Inside a page each becomes the variable of that name, which dark mode changes.
+_SERIES = ("#0b5fa5", "#c25100", "#00755a", "#8c3f7c")
+_QUIET, _RULE, _INK, _POSITIVE, _NEGATIVE = "#5d6168", "#d9d6ce", "#1d1f22", "#d55e00", "#0072b2"
+_VARIABLES = {
+    **{colour: f"s{index}" for index, colour in enumerate(_SERIES)},
+    **{_QUIET: "quiet", _RULE: "rule", _INK: "ink", _POSITIVE: "positive", _NEGATIVE: "negative"},
+}
+
+_STYLE: Any = {
+    "font.sans-serif": "DejaVu Sans",  # comes with matplotlib; pages set their own
+    "font.size": 13,
+    "lines.scale_dashes": False,
+    "svg.fonttype": "none",  # text stays text, which can be read out, searched and set in the page's font
+    "svg.hashsalt": "timm_fsr",  # else ids are random
+    "text.parse_math": False,  # names may have a $
+}
+_SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+_NOTE = "note: "  # how the ids of shapes begin that have a note to show under the mouse
+
+
+Shapes = dict[str | None, ElementTree.Element]
 
 
 @dataclass(frozen=True)
@@ -30,7 +62,14 @@ class Line:
     y: Sequence[float]
 
 
-def line_chart(title: str, lines: Sequence[Line], ticks: Sequence[tuple[float, str]], x_label: str) -> Markup:
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    ticks: Sequence[tuple[float, str]],
+    x_label: str,
+    *,
+    chance: float | None = None,
+) -> Markup:
     """Shares in percent over a quantity, one line for each series.
 
     Args:
@@ -38,24 +77,29 @@ def line_chart(title: str, lines: Sequence[Line], ticks: Sequence[tuple[float, s
         lines: what to draw; their `x` lie within the range of the ticks.
         ticks: positions on the horizontal axis with their labels, in rising order, at least one.
         x_label: what the horizontal axis shows.
+        chance: the share that guessing reaches, marked by a thin line.
     """
     low, high = ticks[0][0], ticks[-1][0]
-    span = high - low or 1.0
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return _LEFT + (x - low) / span * (WIDTH - _LEFT - _RIGHT), _vertical(y)
-
-    parts = [_percent_axis(), _ticks([(at(x, 0)[0], label) for x, label in ticks]), _x_label(x_label)]
-    for index, line in enumerate(lines):
-        points = [at(x, y) for x, y in zip(line.x, line.y, strict=True)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        colour, dash = f"s{index % _COLOURS}", _DASHES[index % len(_DASHES)]
-        parts.append(Markup('<polyline class="line {}" stroke-dasharray="{}" points="{}"/>').format(colour, dash, path))
-        for (x, y), (given, value) in zip(points, zip(line.x, line.y, strict=True), strict=True):
-            note = f"{line.name}: {100 * value:.1f} % at {given:g}"
-            dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.5"><title>{}</title></circle>'
-            parts.append(Markup(dot).format(colour, x, y, note))
-    return _svg(title, parts) + _legend([line.name for line in lines] if len(lines) > 1 else [], _LINE)
+    with _style():
+        figure, axes = _chart(len(lines) if len(lines) > 1 else 0, x_label, top=1.0)
+        axes.set_xlim(low, high if high > low else low + 1)
+        kept = _apart(ticks, axes.get_xlim())
+        axes.set_xticks([x for x, _ in kept], [label for _, label in kept])
+        if chance is not None:
+            note = f"{_NOTE}chance: {100 * chance:.1f} %"
+            axes.axhline(chance, color=_QUIET, linewidth=1, linestyle=(0, (1, 3)), gid=note)
+            axes.annotate("chance", (0, chance), (0, 3), "axes fraction", "offset points", color=_QUIET)
+        marks: list[Artist] = []
+        for index, line in enumerate(lines):
+            colour, dashes = _SERIES[index % len(_SERIES)], _DASHES[index % len(_DASHES)]
+            style: Any = (0, dashes) if dashes else "-"
+            marks += axes.plot(line.x, line.y, color=colour, linestyle=style, linewidth=2.5, label=line.name)
+            for x, y in zip(line.x, line.y, strict=True):
+                note = f"{_NOTE}{line.name}: {100 * y:.1f} % at {x:g}"
+                axes.plot([x], [y], "o", color=colour, markersize=7, gid=note)
+        if len(lines) > 1:
+            _legend(figure, marks)
+        return _inline(figure, title, "chart")
 
 
 def bar_chart(
@@ -69,86 +113,148 @@ def bar_chart(
         edges: of the bins, one more than there are bins.
         x_label: what the bins are of.
     """
-    width = (WIDTH - _LEFT - _RIGHT) / (len(edges) - 1)
+    from matplotlib.patches import Patch
+
     largest = max([share for _, shares in groups for share in shares if share is not None], default=1.0)
     top = next(step for step in (0.04, 0.08, 0.2, 0.4, 0.6, 0.8, 1.0) if step >= min(largest, 1.0))
-    labelled = [(edge, index) for index, edge in enumerate(edges) if abs(edge * 5 - round(edge * 5)) < 1e-9]
-    parts = [_percent_axis(top), _x_label(x_label)]
-    parts.append(_ticks([(_LEFT + index * width, f"{edge:g}") for edge, index in labelled]))
-    for index, (name, shares) in enumerate(groups):
-        for number, share in enumerate(shares):
-            if share is None:
-                continue
-            x = _LEFT + number * width + 1 + index * (width - 2) / len(groups)
-            y = _vertical(share / top)
-            bar = '<rect class="bar s{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
-            note = f"{name}: {100 * share:.1f} % from {edges[number]:.3g} to {edges[number + 1]:.3g}"
-            tall = HEIGHT - _BOTTOM - y
-            parts.append(Markup(bar).format(index % _COLOURS, x, y, (width - 2) / len(groups), tall, note))
-    return _svg(title, parts) + _legend([name for name, _ in groups] if len(groups) > 1 else [], _BAR)
+    width = 0.94 / len(groups)  # bins have one width in the picture, whatever their edges
+    with _style():
+        figure, axes = _chart(len(groups) if len(groups) > 1 else 0, x_label, top=top)
+        axes.set_xlim(0, len(edges) - 1)
+        labelled = [(index, f"{edge:g}") for index, edge in enumerate(edges) if abs(edge * 5 - round(edge * 5)) < 1e-9]
+        kept = _apart(labelled, axes.get_xlim())
+        axes.set_xticks([x for x, _ in kept], [label for _, label in kept])
+        marks: list[Artist] = []
+        for index, (name, shares) in enumerate(groups):
+            colour = _SERIES[index % len(_SERIES)]
+            marks.append(Patch(color=colour, label=name))
+            for number, share in enumerate(shares):
+                if share is not None:
+                    note = f"{_NOTE}{name}: {100 * share:.1f} % from {edges[number]:.3g} to {edges[number + 1]:.3g}"
+                    axes.bar(number + 0.03 + index * width, share, width, align="edge", color=colour, gid=note)
+        if len(groups) > 1:
+            _legend(figure, marks)
+        return _inline(figure, title, "chart")
 
 
 def heat_map(title: str, values: Sequence[Sequence[float]]) -> Markup:
     """A square of signed values, first row at the bottom; orange is positive, blue negative, pale is near zero."""
-    rows, columns = len(values), len(values[0])
+    from matplotlib.colors import to_rgba
+
     largest = max(abs(value) for row in values for value in row) or 1.0
-    cell_x, cell_y = 200 / columns, 200 / rows
-    cells = []
-    for row, line in enumerate(values):
-        for column, value in enumerate(line):
-            strength = 0.12 + 0.88 * min(1.0, abs(value) / largest) ** 0.6
-            kind = "positive" if value > 0 else "negative"
-            rect = '<rect class="{}" fill-opacity="{:.2f}" x="{:.1f}" y="{:.1f}" width="{:.2f}" height="{:.2f}"/>'
-            place = (column * cell_x, 200 - (row + 1) * cell_y, cell_x, cell_y)
-            cells.append(Markup(rect).format(kind, strength, *place))
-    centre = Markup('<path class="cross" d="M94 100h12M100 94v12"/>')
-    return Markup('<svg class="heat" viewBox="0 0 200 200" role="img"><title>{}</title>{}{}</svg>').format(
-        title, Markup("").join(cells), centre
+    with _style():
+        figure = new_figure(200 / 72, 200 / 72, layout=None)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.axis("off")
+        strength = [[0.12 + 0.88 * min(1.0, abs(value) / largest) ** 0.6 for value in row] for row in values]
+        colours = [[_POSITIVE if value > 0 else _NEGATIVE for value in row] for row in values]
+        axes.pcolormesh([list(map(to_rgba, *rows)) for rows in zip(colours, strength, strict=True)])
+        axes.plot([0.5], [0.5], "+", color=_INK, markersize=12, markeredgewidth=1.5, transform=axes.transAxes)
+        return _inline(figure, title, "heat")
+
+
+def new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
+    """An empty figure of so many inches, by matplotlib's object interface: no window, no state between figures."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def save_png(figure: Figure, path: Path, *, dpi: int = 120) -> None:
+    """Write a figure as a PNG, atomically.
+
+    Args:
+        figure: see `new_figure`.
+        path: of the picture, in a folder that exists or is made.
+        dpi: pixels per inch.
+    """
+    with staged(path.parent) as scratch:
+        figure.savefig(scratch / path.name, format="png", dpi=dpi)
+
+
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _chart(names: int, x_label: str, *, top: float) -> tuple[Figure, Axes]:
+    """A figure with room for the names of so many series, and axes whose vertical one goes from 0 to `top` percent."""
+    from matplotlib.ticker import PercentFormatter
+
+    height = HEIGHT + _LEGEND_ROW * names
+    figure = new_figure(WIDTH / 72, height / 72, layout=None)
+    below = _BOTTOM + _LEGEND_ROW * names
+    size = (WIDTH - _LEFT - _RIGHT) / WIDTH, (HEIGHT - _TOP - _BOTTOM) / height
+    axes = figure.add_axes((_LEFT / WIDTH, below / height, *size), facecolor="none")
+    axes.set_ylim(0, top)
+    axes.set_yticks([top * step / 4 for step in range(5)])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.grid(axis="y", color=_RULE, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=8, labelcolor=_QUIET)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(x_label, color=_QUIET)
+    return figure, axes
+
+
+def _apart(ticks: Sequence[tuple[float, str]], limits: tuple[float, float]) -> list[tuple[float, str]]:
+    """Ticks whose labels do not touch: those that would touch the next one are left out, never the last."""
+    scale = (WIDTH - _LEFT - _RIGHT) / (limits[1] - limits[0])
+    kept: list[tuple[float, str]] = []
+    for x, label in reversed(ticks):
+        if not kept or scale * (kept[-1][0] - x) >= 4 + 3.6 * (len(label) + len(kept[-1][1])):
+            kept.append((x, label))
+    return kept[::-1]
+
+
+def _legend(figure: Figure, marks: Sequence[Artist]) -> None:
+    """The names of the series below the chart, each beside its mark."""
+    figure.legend(
+        handles=marks,
+        loc="lower left",
+        frameon=False,
+        labelcolor=_QUIET,
+        handlelength=2.6,
+        borderaxespad=0,
+        labelspacing=0.3,
     )
 
 
-def _svg(title: str, parts: Sequence[Markup]) -> Markup:
-    frame = '<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>{}</svg>'
-    return Markup(frame).format(WIDTH, HEIGHT, title, Markup("").join(parts))
+def _inline(figure: Figure, title: str, css_class: str) -> Markup:
+    """A figure as SVG for a page: without ids, which would collide with another figure's, in the page's colours."""
+    file = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it is only measured here: the browser draws it
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = ElementTree.fromstring(file.getvalue())
+    shapes = {shape.get("id"): shape for defs in drawn.iter(f"{_SVG}defs") for shape in defs}
+    root = ElementTree.Element("svg", {"class": css_class, "viewBox": drawn.get("viewBox", ""), "role": "img"})
+    ElementTree.SubElement(root, "title").text = title
+    root.extend(_for_page(drawn, shapes))
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _vertical(y: float) -> float:
-    return HEIGHT - _BOTTOM - y * (HEIGHT - _TOP - _BOTTOM)
+def _for_page(parent: ElementTree.Element, shapes: Shapes) -> list[ElementTree.Element]:
+    """What is inside an element of matplotlib's SVG, without ids: shapes that are referred to stand in the place."""
+    return [_copied(child, shapes) for child in parent if child.tag.removeprefix(_SVG) not in ("metadata", "defs")]
 
 
-def _percent_axis(top: float = 1.0) -> Markup:
-    parts = []
-    for step in range(5):
-        y = _vertical(step / 4)
-        grid = '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
-        text = '<text class="tick" text-anchor="end" x="{}" y="{:.1f}">{} %</text>'
-        parts.append(Markup(grid).format(_LEFT, WIDTH - _RIGHT, y, y))
-        parts.append(Markup(text).format(_LEFT - 8, y + 4, f"{25 * step * top:.3g}"))
-    return Markup("").join(parts)
-
-
-def _ticks(ticks: Sequence[tuple[float, str]]) -> Markup:
-    """Labels below the axis; those that would touch the one before are left out, never the last."""
-    kept: list[tuple[float, str]] = []
-    for x, label in reversed(ticks):
-        if not kept or kept[-1][0] - x >= 4 + 3.6 * (len(label) + len(kept[-1][1])):
-            kept.append((x, label))
-    text = '<text class="tick" text-anchor="middle" x="{:.1f}" y="{}">{}</text>'
-    return Markup("").join(Markup(text).format(x, HEIGHT - _BOTTOM + 18, label) for x, label in kept)
-
-
-def _x_label(label: str) -> Markup:
-    text = '<text class="label" text-anchor="middle" x="{}" y="{}">{}</text>'
-    return Markup(text).format((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 8, label)
-
-
-def _legend(names: Sequence[str], mark: str) -> Markup:
-    """The names of the series, each beside what it is drawn with."""
-    if not names:
-        return Markup("")
-    items = []
-    for index, name in enumerate(names):
-        frame = f'<svg viewBox="0 0 28 10" aria-hidden="true">{mark}</svg>'
-        drawn = Markup(frame).format(colour=index % _COLOURS, dash=_DASHES[index % len(_DASHES)])
-        items.append(Markup("<li>{}{}</li>").format(drawn, escape(name)))
-    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
+def _copied(element: ElementTree.Element, shapes: Shapes) -> ElementTree.Element:
+    kind = element.tag.removeprefix(_SVG)
+    given = {key: value for key, value in element.items() if key not in ("id", "clip-path", _LINK)}
+    if kind == "use":
+        shape = shapes[element.get(_LINK, "").removeprefix("#")]
+        kind, place = "path", f"translate({given.pop('x', 0)} {given.pop('y', 0)})"
+        given = {**given, "d": shape.get("d", ""), "transform": place}
+        given["style"] = f"{given.get('style', '')}; {shape.get('style', '')}"
+    if "style" in given:
+        for colour, variable in _VARIABLES.items():
+            given["style"] = given["style"].replace(colour, f"var(--{variable}, {colour})")
+    found = ElementTree.Element(kind, given)
+    found.text = element.text
+    note = element.get("id", "")
+    if note.startswith(_NOTE):
+        ElementTree.SubElement(found, "title").text = note.removeprefix(_NOTE)
+    found.extend(_for_page(element, shapes))
+    return found

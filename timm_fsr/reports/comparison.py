@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm_fsr.layers import list_layers
-from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.reports.report import Report
 
 # None of it touches the arithmetic of training.
 FREE = (
@@ -27,8 +27,8 @@ FREE = (
 IMPLICIT: dict[str, Any] = {"attack.args": {}}
 _LAYER = ("model.layer", "model.layer_args", "model.at")
 
-STRONG = ("autoattack", "plus", "rand", "adaptive")
-"""Attacks without one of which a robust accuracy is only an upper bound."""
+STRONG_ATTACKS = ("autoattack", "plus", "rand", "adaptive")
+"""A robust accuracy that none of these attacks has tested is only an upper bound."""
 
 
 def layer_of(recipe: Mapping[str, Any]) -> str | None:
@@ -87,6 +87,6 @@ def mcnemar(one: Report, other: Report, name: str) -> tuple[int, int, bool]:
 
     McNemar's test: under no difference, gains and losses are equally likely.
     """
-    first, second = (report.robust if name == WORST_CASE else report.correct[name] for report in (one, other))
+    first, second = (report.flags_of(name) for report in (one, other))
     gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
     return gained, lost, abs(gained - lost) > 1.96 * math.sqrt(max(1, gained + lost))

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from timm_fsr.reports.charts import Line, bar_chart, heat_map, line_chart
-from timm_fsr.reports.comparison import STRONG, differences, listed, mcnemar
+from timm_fsr.reports.comparison import STRONG_ATTACKS, differences, listed, mcnemar
 from timm_fsr.reports.report import SCHEMA_VERSION, WORST_CASE, Report, format_eps
 
 _SHOWN_CLASSES = 20  # of more than these the best and the worst are shown
@@ -69,7 +69,7 @@ def _model(entry: Entry) -> dict[str, Any]:
         "robust": _row(report, WORST_CASE),
         "clean": _row(report, "clean"),
         "rows": [_row(report, name) for name in report.correct],
-        "upper_bound": not set(report.correct) & set(STRONG),
+        "upper_bound": not set(report.correct) & set(STRONG_ATTACKS),
         "curves": _curves([entry]),
         "noise": _noise(report.evidence),
         "surfaces": _surfaces(report.evidence),
@@ -96,7 +96,7 @@ def _row(report: Report, name: str) -> dict[str, Any]:
     return {
         "name": name.replace("_", " "),
         "detail": _short(report.attacks.get(name, "")),
-        "accuracy": report.worst_case if name == WORST_CASE else report.accuracy[name],
+        "accuracy": report.accuracy_of(name),
         "low": low,
         "high": high,
         "stages": stages,
@@ -113,13 +113,16 @@ def _curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Robust accuracy over eps, steps and restarts, one line for each model that has them."""
     with_eps = [(e.title, e.report.evidence["eps"]) for e in entries if "eps" in e.report.evidence]
     charts = []
+    classes = {entry.report.num_classes or 0 for entry in entries}
+    chance = 1 / max(classes) if len(classes) == 1 and max(classes) else None
     if with_eps:
         radii = sorted({radius for _, found in with_eps for radius in found["eps"]})
         place = {radius: math.sqrt(radius) for radius in radii}  # small radii are many, large ones few
         lines = [Line(name, [place[r] for r in found["eps"]], found["accuracy"]) for name, found in with_eps]
         norm = next(entry.report.norm for entry in entries if "eps" in entry.report.evidence)
         ticks = [(place[radius], format_eps(radius, norm)) for radius in radii]
-        chart = line_chart("Accuracy under PGD-50 over eps", lines, ticks, "eps (PGD-50), square-root scale")
+        label = "eps (PGD-50), square-root scale"
+        chart = line_chart("Accuracy under PGD-50 over eps", lines, ticks, label, chance=chance)
         charts.append({"title": "A growing radius", "chart": chart, "text": "Accuracy has to fall to zero."})
     sentences = {
         "steps": ("More steps", "PGD steps", "After a hundred steps, more should hardly help."),
@@ -131,7 +134,8 @@ def _curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
             numbers = sorted({number for _, one in found for number in one[key]})
             lines = [Line(name, [numbers.index(n) for n in one[key]], one["accuracy"]) for name, one in found]
             ticks = [(index, str(number)) for index, number in enumerate(numbers)]
-            charts.append({"title": title, "chart": line_chart(title, lines, ticks, label), "text": text})
+            chart = line_chart(title, lines, ticks, label, chance=chance)
+            charts.append({"title": title, "chart": chart, "text": text})
     return charts
 
 

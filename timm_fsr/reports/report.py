@@ -68,15 +68,28 @@ class Report:
         """The share of images classified correctly clean and under every attack, in [0, 1]."""
         return _share(self.robust)
 
+    def flags_of(self, name: str) -> Tensor:
+        """(N,) bool of "clean", an attack or "worst_case": was the image classified correctly?"""
+        return self.robust if name == WORST_CASE else self.correct[name]
+
+    def accuracy_of(self, name: str) -> float:
+        """Accuracy under "clean", an attack or "worst_case", in [0, 1]."""
+        return _share(self.flags_of(name))
+
     def interval(self, name: str) -> tuple[float, float]:
-        """95 % Clopper-Pearson interval of `accuracy[name]` (`"worst_case"` as well), from the number of images."""
-        flags = self.robust if name == WORST_CASE else self.correct[name]
-        return clopper_pearson(int(flags.sum()), self.count)
+        """95 % Clopper-Pearson interval of `accuracy_of(name)`, from the number of images."""
+        return clopper_pearson(int(self.flags_of(name).sum()), self.count)
 
     @property
     def count(self) -> int:
         """The number of images."""
         return len(self.correct["clean"])
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, as far as the report says; None if it has neither their names nor labels."""
+        named = len(self.conditions.get("classes") or ())
+        return named or (None if self.labels is None else int(self.labels.max()) + 1)
 
     @property
     def threat(self) -> str:
@@ -91,9 +104,8 @@ class Report:
         """
         if self.labels is None:
             raise ValueError("this report was written without labels; evaluate the model again")
-        flags = self.robust if name == WORST_CASE else self.correct[name]
-        classes = len(self.conditions.get("classes") or ()) or int(self.labels.max()) + 1
-        return per_class_accuracy(flags, self.labels, classes)
+        assert self.num_classes is not None
+        return per_class_accuracy(self.flags_of(name), self.labels, self.num_classes)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; `from_dict` reads it back."""

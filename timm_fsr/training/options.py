@@ -20,8 +20,8 @@ from torch import nn
 
 from timm_fsr.attacks.base import ATTACKS, Attack, attack_fields
 from timm_fsr.data.augment import Augmentation, ResizedCrop
-from timm_fsr.data.dataset import ImageData, load_data
-from timm_fsr.data.streaming import Images, stream_data
+from timm_fsr.data.dataset import ImageData, Images, load_data
+from timm_fsr.data.streaming import stream_data
 from timm_fsr.hooks.attach import attach
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.layers import layer_class

@@ -12,9 +12,8 @@ from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import epoch_steps
-from timm_fsr.data.streaming import Images
 from timm_fsr.hooks.attach import reattach
 from timm_fsr.training.recipe import Recipe
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,15 @@ from rich.console import Console
 from torch import nn
 
 from timm_fsr.attacks.base import Attack
-from timm_fsr.data.streaming import Images
+from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE, hardware
 from timm_fsr.models.saving import load, save_pretrained
+from timm_fsr.reports.charts import new_figure, save_png
 from timm_fsr.training.metrics import read_metrics
 from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import Progress
-from timm_fsr.utils.files import staged
 from timm_fsr.utils.progress import bar
 
 _CURVES = {
@@ -80,13 +79,13 @@ def conclude(run: FinishedRun) -> nn.Module:
             seed=run.recipe.seed,
             name=run.label,
             data_name=test.name,
+            conditions=_training_conditions(run, test) if main else None,
             folder=output / "evaluation",  # a kill costs one attack on one batch
             overwrite=True,
             accelerator=run.accelerator,
             progress=lambda now: show(now.images, f"at most {100 * now.bound:.1f} % robust"),
         )
     if main:
-        report.conditions.update(_training_conditions(run, test))
         report.save(output / "report.json")
         save_pretrained(model, output / "best", report=report)
         run.console.print(f"{run.label}: {report.summary()}\nresults in {output}")
@@ -95,13 +94,12 @@ def conclude(run: FinishedRun) -> nn.Module:
 
 
 def _plot(run: FinishedRun) -> None:
-    output = run.recipe.folder
-    if importlib.util.find_spec("matplotlib") is None:
-        run.console.print("matplotlib is not installed: no training.png (pip install matplotlib)")
-        return
-    title = f"{run.label}, {run.recipe.objective.name}"
     plot_training(
-        read_metrics(run.recipe.folder), output / "training.png", title=title, best_epoch=run.progress.selection.epoch
+        read_metrics(run.recipe.folder),
+        run.recipe.folder / "training.png",
+        title=f"{run.label}, {run.recipe.objective.name}",
+        best_epoch=run.progress.selection.epoch,
+        chance=1 / run.data.num_classes,
     )
 
 
@@ -127,7 +125,9 @@ def _attack_label(run: FinishedRun) -> str:
     return f"{options.validation_attack.upper()}-{options.validation_steps}"
 
 
-def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str, best_epoch: int) -> None:
+def plot_training(
+    metrics: Sequence[dict[str, float]], path: Path, *, title: str, best_epoch: int, chance: float | None = None
+) -> None:
     """Draw accuracies over epochs as a PNG: a growing gap between the attacked curves is robust overfitting.
 
     Args:
@@ -135,16 +135,11 @@ def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str
         path: of the picture.
         title: above it.
         best_epoch: is marked, as the one whose model was kept.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        chance: the accuracy of guessing, in [0, 1]; is marked too.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.5, 4.5)
     axes = figure.add_subplot()
     for name, (label, colour, style) in _CURVES.items():
         points = [(line["epoch"], 100 * line[name]) for line in metrics if name in line]
@@ -152,9 +147,10 @@ def plot_training(metrics: Sequence[dict[str, float]], path: Path, *, title: str
             epochs, values = zip(*points, strict=True)
             axes.plot(epochs, values, style, color=colour, label=label, marker="o", markersize=3)
     axes.axvline(best_epoch, color="#777777", linewidth=1, label=f"kept: epoch {best_epoch}")
+    if chance is not None:
+        axes.axhline(100 * chance, color="#777777", linewidth=1, linestyle=":", label="chance")
     axes.set(xlabel="epoch", ylabel="accuracy in %", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    with staged(path.parent) as scratch:
-        figure.savefig(scratch / path.name, dpi=120)
+    save_png(figure, path)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks.base import Attack, is_one_step
 from timm_fsr.attacks.bn_folding import Folding, find_folding
-from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import training_batches
-from timm_fsr.data.streaming import Images
+from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.pixel import PixelModel
 from timm_fsr.models.saving import save_pretrained, weights_digest
 from timm_fsr.training.accelerator import build_accelerator
@@ -276,7 +276,7 @@ class Trainer:
     @property
     def label(self) -> str:
         """The registered name of the model, such as "resnet18_cifar_fsr"."""
-        return (getattr(self.timm_model, "pretrained_cfg", None) or {}).get("architecture") or self.recipe.model.name
+        return pretrained_cfg_of(self.timm_model).get("architecture") or self.recipe.model.name
 
     def _identity(self) -> dict[str, Any]:
         images = [self.data] if self.extra is None else [self.data, self.extra]

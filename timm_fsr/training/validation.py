@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from timm_fsr.data.streaming import Images
+from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
 from timm_fsr.training.recipe import Recipe

@@ -17,7 +17,7 @@ from timm_fsr.attacks.apgd import APGD
 from timm_fsr.attacks.autoattack import Component, implementation
 from timm_fsr.attacks.base import LossFunction, anchored, input_gradient
 from timm_fsr.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
-from timm_fsr.evaluation.model_checks import Soundness
+from timm_fsr.evaluation.model_checks import ModelCheck
 from timm_fsr.evaluation.registry import Stage, StageFunction, Suite, Target, register_suite
 from timm_fsr.hooks.placement import find_places
 from timm_fsr.hooks.site import layer_groups
@@ -44,7 +44,7 @@ def adaptive_stages(
     norm: str,
     eps: float,
     seed: int,
-    soundness: Soundness,
+    model_check: ModelCheck,
     sources: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Stage, ...]:
     """Every adaptive attack that applies to `model`, strongest gradients first and Square last.
@@ -54,7 +54,7 @@ def adaptive_stages(
         norm: "linf" or "l2".
         eps: radius, in pixels of [0, 1].
         seed: of Square.
-        soundness: of the model; it says whether there is noise to average over and how many classes there are.
+        model_check: of the model; it says whether there is noise to average over and how many classes there are.
         sources: pixel-space models by name, such as the same network without the layer, whose adversarial images are
             tried on `model`.
 
@@ -63,7 +63,7 @@ def adaptive_stages(
         ModuleNotFoundError: Square's implementation is not installed.
     """
     attack = APGD(norm=norm, eps=eps, steps=STEPS)
-    classes = soundness.num_classes
+    classes = model_check.num_classes
     loss = dlr if classes >= 3 else margin  # scale-free where it is defined
     direct: dict[str, SteerFunction] = {
         "apgd-ce": lambda m, _, y: lambda x: cross_entropy(m(x), y),
@@ -79,8 +79,8 @@ def adaptive_stages(
         stages.append(
             Stage(name, f"{attack!r} by the gradient of the surrogate {name!r}", _through(name, attack, follow))
         )
-    stages += _layer_stages(model, attack, loss, soundness)
-    if soundness.random or feature_layers(model):
+    stages += _layer_stages(model, attack, loss, model_check)
+    if model_check.random or feature_layers(model):
         stages.append(Stage("eot", f"{attack!r} by the mean gradient of {_DRAWS} noisy passes", _noisy(attack, follow)))
     if paths := _paths(model):
         steer = partial(_to_features, paths)
@@ -126,7 +126,7 @@ def _adaptive(target: Target) -> Sequence[Suite]:
         norm=target.norm,
         eps=target.eps,
         seed=target.seed,
-        soundness=target.soundness,
+        model_check=target.model_check,
         sources=target.sources,
     )
     return [Suite("adaptive", stages)]
@@ -195,11 +195,11 @@ def _through(name: str, attack: APGD, steer: SteerFunction) -> StageFunction:
 
 
 def _layer_stages(
-    model: nn.Module, attack: APGD, loss: Callable[[Tensor, Tensor], Tensor], soundness: Soundness
+    model: nn.Module, attack: APGD, loss: Callable[[Tensor, Tensor], Tensor], model_check: ModelCheck
 ) -> list[Stage]:
     """Attacks on what the layers say: their auxiliary losses, and their masks."""
     stages = []
-    for weight in JOINT_WEIGHTS if soundness.auxiliary else ():
+    for weight in JOINT_WEIGHTS if model_check.auxiliary else ():
         detail = f"{attack!r} on the main loss and {weight:g} times the auxiliary losses"
         stages.append(Stage(f"joint {weight:g}", detail, partial(_steered, attack, partial(_joint, loss, weight))))
     if any("straight_through" in layer.surrogates for layer in feature_layers(model)):

@@ -27,7 +27,7 @@ def _register(name: str, version: str, components: tuple[str, ...]) -> None:
             Component(component, norm, eps, 0, version)
 
     def build(target: Target) -> Sequence[Suite]:
-        classes = target.soundness.num_classes
+        classes = target.model_check.num_classes
         if not any(usable(component, classes) for component in components):
             raise ValueError(f"the attack {name!r} needs more than the model's {classes} classes; use another")
         stages = [_stage(Component(c, target.norm, target.eps, target.seed, version), classes) for c in components]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_fsr.evaluation.benchmark import Memo
+from timm_fsr.evaluation.benchmark import Cache
 
 KEY = {"model": "abc", "eps": 8 / 255}
 
@@ -14,7 +14,7 @@ KEY = {"model": "abc", "eps": 8 / 255}
 def made(path: Path, key: dict[str, object], name: str = "fog") -> bool:
     """Whether something has to be made."""
     calls: list[int] = []
-    value = Memo(path, key).once(name, lambda: (calls.append(1), {"5": 0.25, "list": (1, 2)})[1])
+    value = Cache(path, key).once(name, lambda: (calls.append(1), {"5": 0.25, "list": (1, 2)})[1])
     assert value == {"5": 0.25, "list": [1, 2]}
     return bool(calls)
 
@@ -27,9 +27,9 @@ def test_once(tmp_path):
 
 
 def test_what_changes_outside_does_not_change_what_is_kept(tmp_path):
-    memo = Memo(tmp_path / "memo.json", KEY)
-    memo.once("fog", lambda: {"a": [1]})["a"].append(2)
-    assert memo.once("fog", dict) == {"a": [1]}
+    cache = Cache(tmp_path / "memo.json", KEY)
+    cache.once("fog", lambda: {"a": [1]})["a"].append(2)
+    assert cache.once("fog", dict) == {"a": [1]}
 
 
 def test_parts_of_something_else_count_for_nothing(tmp_path):
