@@ -306,7 +306,7 @@ class TestEntryPoints:
         from importlib.metadata import entry_points
 
         (command,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "timm-fsr"]
-        assert command.value == "timm_fsr.cli:main"
+        assert command.value == "timm_fsr.cli.main:main"
 
     def test_a_script_that_knows_timm_alone_gets_the_variants(self, tmp_path, monkeypatch):
         """Its arguments, its own folder and its name are those of a plain run."""

@@ -83,7 +83,7 @@ def levels_seen(model: Any, batch: Tensor) -> list[Tensor]:
 
 def test_timm_lists_them() -> None:
     names = sorted(expected.name for expected in NETWORKS)
-    assert timm.list_models(module="backbones") == names
+    assert timm.list_models(module="cifar") == names
     assert sorted(timm_fsr.models.cifar.__all__) == names
 
 
