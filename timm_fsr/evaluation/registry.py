@@ -250,7 +250,9 @@ def list_attacks() -> list[str]:
 def _refuse_norm(name: str, norm: str) -> NoReturn:
     if norm == "l1":
         raise ValueError(f"{name!r} has no L1 ball; use AutoAttack ('standard') with norm='l1', or linf or l2")
-    raise ValueError(f"{name!r} has no ball of norm={norm!r}; use 'linf', or 'l2' where the attack has it")
+    if norm in NORMS:
+        raise ValueError(f"{name!r} knows the linf ball alone, not norm={norm!r}; leave it out, or evaluate in linf")
+    raise ValueError(f"norm={norm!r} is unknown; use 'linf', 'l2', or 'l1' for AutoAttack alone")
 
 
 def _find(name: str) -> tuple[SuiteEntry | None, tuple[int, ...]]:
