@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from timm_fsr.evaluation.corruptions import corrupt
     from timm_fsr.evaluation.evaluator import evaluate
     from timm_fsr.evaluation.gradient_masking import gather_evidence
-    from timm_fsr.evaluation.registry import Stage, Suite
+    from timm_fsr.evaluation.registry import Stage, Suite, register_suite
     from timm_fsr.evaluation.saved_images import rescore
     from timm_fsr.hub.publish import push_to_hub
     from timm_fsr.hub.robustbench import model_info, register_alias
@@ -54,6 +54,7 @@ _LATER = {
     "model_info": "hub.robustbench",
     "push_to_hub": "hub.publish",
     "register_alias": "hub.robustbench",
+    "register_suite": "evaluation.registry",
     "rescore": "evaluation.saved_images",
     "round_weights": "models.saving",
     "save_pretrained": "models.saving",
@@ -103,6 +104,7 @@ __all__ = [
     "register_layer",
     "register_objective",
     "register_pretrained",
+    "register_suite",
     "register_variants",
     "rescore",
     "round_weights",
@@ -116,3 +118,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, whether or not they have been used."""
+    return sorted(__all__)

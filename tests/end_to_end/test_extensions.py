@@ -148,7 +148,9 @@ def test_it_is_trained_by_all_three(folder: Path) -> None:
 
 def test_the_recipe_remembers_what_to_import(folder: Path) -> None:
     recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
-    assert recipe["imports"] == ["mine.py"]
+    assert recipe["imports"] == [str((folder / "mine.py").resolve())]  # a resumed run may start elsewhere
+    published = yaml.safe_load((folder / "run" / "best" / "recipe.yaml").read_text())
+    assert published["imports"] == ["mine.py"]
     done = command(folder, "train", "--config=run/recipe.yaml", "--output=again", "--evaluation.attacks=[]")
     assert done.returncode == 0, done.stderr
     weights = [(folder / run / "last" / "model.safetensors").read_bytes() for run in ("run", "again")]
@@ -197,11 +199,15 @@ def test_what_cannot_be_imported_is_refused_in_a_sentence(folder: Path) -> None:
     (folder / "broken.py").write_text("1 / 0\n")
     taken = "import timm_fsr\n\n@timm_fsr.register_layer\nclass Mine(timm_fsr.FeatureLayer):\n    name = 'fsr'\n"
     (folder / "taken.py").write_text(taken)
+    (folder / "exits.py").write_text("import sys\n\nsys.exit(0)\n")
     messages = {
         "nowhere.py": "there is no file nowhere.py to import",
         "no_such_module": "there is no module no_such_module to import",
         "broken.py": "broken.py cannot be imported: ZeroDivisionError: division by zero",
-        "taken.py": "a feature layer named 'fsr' is registered already (FSR in timm_fsr.layers.fsr)",
+        "taken.py": "the feature layer name 'fsr' is taken by FSR in timm_fsr.layers.fsr",
+        "exits.py": "exits.py cannot be imported: SystemExit: 0",
+        ".": ". is a folder; give the path of a Python file in it",
+        "a b": "'a b' is neither a Python file nor a module",
     }
     commands = [
         given
@@ -210,6 +216,6 @@ def test_what_cannot_be_imported_is_refused_in_a_sentence(folder: Path) -> None:
     ]
     for given, (code, _, error) in zip(commands, outputs(folder, *commands), strict=True):
         source = given[1].removeprefix("--import=") if given[0] == "train" else given[-1]
-        assert code == 2
+        assert code == 2, source
         assert messages[source] in error
         assert "Traceback" not in error

@@ -311,12 +311,12 @@ class Named(FeatureLayer):
 
 @pytest.mark.parametrize("bad", [None, "no-identifier", "", 3])
 def test_a_layer_needs_a_name(bad: Any) -> None:
-    with pytest.raises(ValueError, match="give it a `name` that is an identifier"):
+    with pytest.raises(ValueError, match="give it a class attribute `name` that is an identifier"):
         timm_fsr.register_layer(type("Nameless", (Named,), {"name": bad}))
 
 
 def test_a_name_is_given_once() -> None:
-    with pytest.raises(ValueError, match="'fsr' is registered already"):
+    with pytest.raises(ValueError, match=r"name 'fsr' is taken by FSR in timm_fsr\.layers\.fsr"):
         timm_fsr.register_layer(type("Impostor", (Named,), {"name": "fsr"}))
     assert layer_class("fsr") is timm_fsr.FSR
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from timm_fsr.utils.random import own_randomness
 
-NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -55,7 +55,7 @@ class Component:
     version: str = "standard"
 
     def __post_init__(self) -> None:
-        for value, known in ((self.name, COMPONENTS), (self.norm, NORMS), (self.version, VERSIONS)):
+        for value, known in ((self.name, COMPONENTS), (self.norm, AUTOATTACK_NORMS), (self.version, VERSIONS)):
             if value not in known:
                 raise ValueError(f"{value!r} is not part of AutoAttack; use one of {', '.join(known)}")
         if not 0 <= self.eps < float("inf"):
@@ -94,15 +94,20 @@ class Component:
             if self.name != "square" or self.norm == "linf" or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"Square's reference implementation fails in the {NORMS[self.norm]} ball for images of some sizes, "
-                f"such as these of {images.shape[2]}x{images.shape[3]} ({error}); use 28 or 32 pixels, or "
+                f"Square's reference implementation fails in the {AUTOATTACK_NORMS[self.norm]} ball for images of some "
+                f"sizes, such as these of {images.shape[2]}x{images.shape[3]} ({error}); use 28 or 32 pixels, or "
                 "leave it out by naming the other attacks: apgd-ce apgd-t fab-t"
             ) from error
 
     def _build(self, model: nn.Module, device: torch.device, num_classes: int) -> Any:
         """The reference's attack object, as its `run_standard_evaluation` sets it up."""
         module = importlib.import_module(implementation())
-        arguments: dict[str, Any] = {"norm": NORMS[self.norm], "eps": self.eps, "seed": self.seed, "device": device}
+        arguments: dict[str, Any] = {
+            "norm": AUTOATTACK_NORMS[self.norm],
+            "eps": self.eps,
+            "seed": self.seed,
+            "device": device,
+        }
         if module.__name__ == "autoattack":
             arguments["verbose"] = False  # it prints
         whole = module.AutoAttack(model, version=self.version, **arguments)

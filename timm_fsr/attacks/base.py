@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.utils.registry import Registry
+from timm_fsr.utils.registry import RegistrationError, Registry
 
 
 class Judged(NamedTuple):
@@ -104,10 +105,31 @@ def register_attack(attack: AttackClass) -> AttackClass:
     that leaves the ball has a class attribute `only_trains = True` and is not evaluated with.
 
     Raises:
-        ValueError: the name is missing, no identifier, or taken by another class.
+        ValueError: the name is missing, no identifier, ends like a number of steps, or is taken; or the class is no
+            dataclass with `eps`, `with_eps` and a default for every field.
     """
+    problem = _attack_problem(attack)
+    if problem:
+        raise RegistrationError(f"the attack {attack.__qualname__} {problem}")
     ATTACKS.add(getattr(attack, "name", ""), attack)
     return attack
+
+
+def _attack_problem(attack: type) -> str:
+    """What keeps a class from being an attack, and the remedy; "" if nothing does."""
+    if not dataclasses.is_dataclass(attack):
+        return "is no dataclass; put @dataclass(frozen=True, kw_only=True) under @register_attack"
+    fields = {field.name: field for field in dataclasses.fields(attack) if field.init}
+    if "eps" not in fields:
+        return "has no field `eps`, so no threat model could bind it; add eps: float = 8 / 255 and stay within it"
+    for field in fields.values():
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            return f"has no default for {field.name!r}; give every field one"
+    if not callable(getattr(attack, "with_eps", None)) or "__call__" not in dir(attack):
+        return "needs the methods __call__(loss_fn, images, *, generator=None) and with_eps(eps)"
+    if re.search(r"[0-9]$", str(getattr(attack, "name", ""))):
+        return f"is called {attack.name!r}, but a number at the end is that of its steps; give it another name"  # type: ignore[attr-defined]
+    return ""
 
 
 def attack_fields(attack: type[Attack]) -> dict[str, Any]:

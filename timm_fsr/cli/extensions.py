@@ -1,13 +1,12 @@
-"""`--import FILE_OR_MODULE`, with any command: code that registers layers, objectives or attacks."""
+"""`--import FILE_OR_MODULE`, with any command: code that registers layers, objectives, attacks or suites."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from timm_fsr.utils.registry import import_extension
+from timm_fsr.utils.registry import import_extension, split_imports
 
-IMPORT_HELP = "a Python file or module that registers layers, objectives or attacks; may be given several times"
+IMPORT_HELP = "a Python file or module that registers layers, objectives, attacks or suites; may be given several times"
 
 
 def import_given(arguments: Sequence[str]) -> list[str]:
@@ -22,9 +21,7 @@ def import_given(arguments: Sequence[str]) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: see `timm_fsr.utils.registry.import_extension`.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--import", action="append", default=[], dest="sources")
-    found, rest = parser.parse_known_args(list(arguments))
-    for source in found.sources:
+    sources, others = split_imports(arguments)
+    for source in sources:
         import_extension(source)
-    return rest
+    return others

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="timm-fsr",
         usage="timm-fsr COMMAND ...",
         description=f"{listing}\n\n`timm-fsr COMMAND --help` tells more. `--import FILE_OR_MODULE`, with any command,\n"
-        "imports code of your own that registers layers, objectives or attacks.",
+        "imports code of your own that registers layers, objectives, attacks or suites.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"timm_fsr {__version__}")

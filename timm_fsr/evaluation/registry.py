@@ -14,7 +14,7 @@ from timm_fsr.attacks.base import ATTACKS, NORMS, Attack, attack_fields, check_e
 from timm_fsr.attacks.losses import cross_entropy
 from timm_fsr.evaluation.model_checks import ModelCheck
 from timm_fsr.utils.errors import unknown
-from timm_fsr.utils.registry import Registry
+from timm_fsr.utils.registry import RegistrationError, Registry
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
 StageFunction = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
@@ -46,11 +46,11 @@ class Suite:
     """What a report calls an attack: one stage, or several of which each attacks what those before it left.
 
     Attributes:
-        name: as asked for, such as "pgd20" or "autoattack".
+        name: as the user gives it, such as "pgd20" or "autoattack".
         stages: in their order.
         every_image: attack also images that are wrong already, as papers count single attacks; else only those that
             are classified correctly so far.
-        note: what a reader has to know about it; "" is nothing.
+        note: a caveat for the reader, or "".
     """
 
     name: str
@@ -68,7 +68,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class Target:
-    """What suites are built for.
+    """The model and the threat model that suites are built for.
 
     Attributes:
         model: in pixel space.
@@ -112,13 +112,13 @@ class SuiteEntry:
 SUITES: Registry[SuiteEntry] = Registry(
     "attack", package="timm_fsr.evaluation.suites", group="timm_fsr.suites", dashes=True
 )
-"""Everything that evaluations call an attack and that is more than one attack on the cross-entropy."""
+"""Suites: attacks of several stages, on another loss, or that need to know the model."""
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "standard": ("autoattack",),
     "official": ("official-fgsm", "official-pgd20", "official-pgd100", "official-cw30"),
 }
-"""Names that stand for others."""
+"""Short names for one or more suites."""
 
 OFFICIAL = ALIASES["official"]
 ENSEMBLE = "official-ensemble"
@@ -136,10 +136,10 @@ def register_suite(
 
     Args:
         name: as in `evaluate(attacks=[name])`.
-        check: see `SuiteEntry`, as are the next three.
-        numbered: see there.
-        needs_sources: see there.
-        norms: see there.
+        check: refuses a norm, an eps (given in this order) or a missing package before anything is loaded.
+        numbered: the name is followed by a number of steps, which `build` gets after the target.
+        needs_sources: it transfers attacks from other models, of which there has to be one.
+        norms: the balls that it supports.
 
     Raises:
         ValueError: the name is taken by another function.
@@ -251,7 +251,7 @@ def _refuse_norm(name: str, norm: str) -> NoReturn:
     if norm == "l1":
         raise ValueError(f"{name!r} has no L1 ball; use AutoAttack ('standard') with norm='l1', or linf or l2")
     if norm in NORMS:
-        raise ValueError(f"{name!r} knows the linf ball alone, not norm={norm!r}; leave it out, or evaluate in linf")
+        raise ValueError(f"{name!r} supports the linf ball only, not norm={norm!r}; leave it out, or evaluate in linf")
     raise ValueError(f"norm={norm!r} is unknown; use 'linf', 'l2', or 'l1' for AutoAttack alone")
 
 
@@ -266,9 +266,26 @@ def _find(name: str) -> tuple[SuiteEntry | None, tuple[int, ...]]:
     return None, ()
 
 
+def _refuse_clash(name: str) -> None:
+    """Refuse a name that `evaluate` could take for something else.
+
+    Raises:
+        ValueError: it names an attack and a suite, a suite stands for it, or it reads as an attack's number of steps.
+    """
+    attacks, suites = ATTACKS.own_names(), SUITES.own_names()
+    base, steps, _ = _split(name) if name not in attacks else (name, None, None)
+    numbered = steps is not None and (base in attacks or (base in suites and SUITES[base].numbered))
+    if name in ALIASES or numbered or (name in attacks and name in suites):
+        raise RegistrationError(f"{name!r} already means something in evaluate(attacks=...); choose another name")
+
+
 def _split(name: str) -> tuple[str, int | None, int | None]:
     """The attack's name, steps and restarts: ("pgd", 20, 5) of "pgd20x5"; a registered name is taken as it is."""
     found = None if name in ATTACKS else _NUMBERED.fullmatch(name)
     if found is None:
         return name, None, None
     return found[1], int(found[2]), int(found[3]) if found[3] else None
+
+
+ATTACKS.observe(_refuse_clash, past=True)
+SUITES.observe(_refuse_clash)

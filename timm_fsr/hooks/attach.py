@@ -1,4 +1,4 @@
-"""Sites: feature layers hooked onto the blocks of a timm model."""
+"""Attaching feature layers to the blocks of a timm model, and detaching them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places: which modules of a timm model a feature layer can be hooked onto, measured on a weightless copy."""
+"""Placement: where a feature layer can be attached to a timm model."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class FeatureLayer(nn.Module):
         return None
 
     def take_place(self, index: int, count: int) -> None:
-        """Hear from `attach` which of its `count` sites the layer serves, counted from 0; most do not care."""
+        """Called by `attach` with the index of this site (from 0) and their number; most layers ignore it."""
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give auxiliary classifiers fresh weights for `num_classes` classes (0: none); others do nothing."""

@@ -236,6 +236,8 @@ def _remedy(config: Mapping[str, Any]) -> str:
     """What may be missing where an architecture is unknown."""
     base, _, layer = str(config["architecture"]).rpartition("_")
     needed = config.get(RECORD, {}).get("imports")
+    if needed == ["__main__"]:
+        return "the model was saved with a layer that a notebook or script defines; run that code first"
     if needed:
         flags = " ".join(f"--import {source}" for source in needed)
         return (
@@ -282,7 +284,7 @@ def _check_rebuildable(model: nn.Module) -> None:
 
 
 def _imports(model: nn.Module) -> list[str]:
-    """What registers the model's layer, where it does not come with timm_fsr; a file by its name alone."""
+    """What must be imported before the model's layer is known; files by name only."""
     origins = [LAYERS.origin(site.layer.name) for group in layer_groups(model) for site in group.sites]
     return list(dict.fromkeys(Path(origin).name for origin in origins if origin))
 

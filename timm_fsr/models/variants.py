@@ -325,6 +325,7 @@ def _features(
 
 
 register_variants()
+register_variants(LAYERS.promised_names())
 LAYERS.observe(lambda name: register_variants((name,)))
 
 

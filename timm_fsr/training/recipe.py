@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +26,7 @@ from timm_fsr.training.options import (
 )
 from timm_fsr.training.parsing import options_parser, read_options, write_options
 from timm_fsr.utils.errors import unknown
-from timm_fsr.utils.registry import import_extension
+from timm_fsr.utils.registry import import_extension, is_file_name, split_imports
 
 __all__ = [
     "AttackOptions",
@@ -53,7 +52,7 @@ class Recipe:
         imports: Python files or modules that register layers, objectives or attacks of your own; they are imported
             before anything else. `--import FILE_OR_MODULE` adds one.
         overwrite: replace a run that `output` holds already; else that is an error.
-        resume: go on with the run that `output` holds, from its newest checkpoint; start anew if there is none.
+        resume: go on with the run that `output` holds, from its newest checkpoint; start from the beginning if there is none.
         seed: decides weights, order, augmentation, attacks and noise.
         mixed_precision: "no" (float32; its convolutions use TF32 on GPUs that have it, torch's default), "bf16" or
             "fp16", by Accelerate. Validation and evaluation are always in float32 without TF32.
@@ -111,7 +110,7 @@ class Recipe:
     def check(self) -> None:
         """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""
         for source in self.imports:
-            import_extension(source)
+            self._import(source)
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; leave one of them out")
         for options in (self.data, self.attack, self.optim, self.evaluation, self.checkpoint):
@@ -123,6 +122,14 @@ class Recipe:
         check_names(names, self.attack.norm, self.attack.eps, sources=False)
         self._check_beginning(objective)
         self.model.check()
+
+    def _import(self, source: str) -> None:
+        try:
+            import_extension(source)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the recipe imports {source}, which is not there; give its new place with --imports=[PATH]"
+            ) from error
 
     def _check_beginning(self, objective: Objective) -> None:
         """Refuse a model that the objective cannot begin with."""
@@ -146,7 +153,7 @@ class Recipe:
         for key in ("compile", "gradient_checkpointing"):
             if twice and getattr(self, key):
                 raise ValueError(
-                    f"GradAlign differentiates twice, which does not work with {key}; leave out one of both"
+                    f"GradAlign differentiates twice, which does not work with {key}; leave one of them out"
                 )
 
     def to_yaml(self) -> str:
@@ -171,5 +178,8 @@ def recipe_parser() -> ArgumentParser:
 
 def parse_arguments(arguments: Sequence[str]) -> Recipe:
     """A recipe from command-line arguments; the errors are those of `Recipe.load`."""
-    renamed = [re.sub(r"^--import(?=$|=)", "--imports+", argument) for argument in arguments]
-    return read_options(Recipe, renamed, recipe_parser())
+    imports, others = split_imports(arguments)
+    # Last, as a --config after them would replace what they add to; absolute, as a resumed run may start elsewhere.
+    added = [f"--imports+={Path(name).expanduser().resolve() if is_file_name(name) else name}" for name in imports]
+    recipe = read_options(Recipe, [*others, *added], recipe_parser())
+    return replace(recipe, imports=list(dict.fromkeys(recipe.imports)))

@@ -22,6 +22,7 @@ from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import Progress
 from timm_fsr.utils.progress import bar
+from timm_fsr.utils.registry import is_file_name
 
 _CURVES = {
     "train.robust_accuracy": ("training images, attacked", "#b3541e", "-"),
@@ -115,7 +116,10 @@ def _training_conditions(run: FinishedRun, test: Images) -> dict[str, object]:
         "training_seed": run.recipe.seed,
         "training_seconds": round(sum(record["seconds"] for record in read_metrics(run.recipe.folder)), 1),
         "training_hardware": hardware(run.accelerator.device, run.accelerator.num_processes),
-        "recipe": {key: value for key, value in recipe.items() if key not in ("output", "overwrite", "resume")},
+        "recipe": {
+            **{key: value for key, value in recipe.items() if key not in ("output", "overwrite", "resume")},
+            "imports": [Path(source).name if is_file_name(source) else source for source in recipe["imports"]],
+        },
     }
 
 

@@ -34,7 +34,7 @@ def check_agreement(accelerator: Accelerator | None, value: str, what: str) -> N
 
 
 def from_main(accelerator: Accelerator | None, make: Callable[[], Result]) -> Result:
-    """What `make` gives on the main process, given to each one; so is an error, lest the others wait for ever.
+    """Run `make` on the main process and give its result, or its error, to all, so that none waits for ever.
 
     Args:
         accelerator: of the processes; None is one process alone.

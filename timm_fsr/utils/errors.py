@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class UnsoundError(RuntimeError):
-    """Neither bad input nor a bug of torch: a result that would mean nothing, as of a layer that is not reached."""
+    """A result would be meaningless, for example because a layer was never called."""
 
 
 def unknown(what: str, given: str, known: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -9,7 +10,7 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -18,21 +19,21 @@ from timm_fsr.utils.errors import unknown
 
 Entry = TypeVar("Entry")
 
+FLAG = "--import FILE_OR_MODULE"
 _EXTENSION = "timm_fsr_extension_"
-_extensions: dict[str, str] = {}  # what `import_extension` was given, by the name of the module that it made
+_extensions: dict[str, str] = {}  # the paths that `import_extension` was given, by the names of the modules it made
 
 
 class Registry(Generic[Entry]):
     """The members of one family by name.
 
-    A member comes from one of three places: a module of the family's own package, which registers it when it is
-    imported; an installed package that names it as an entry point; or code of the user, imported by hand or by
-    `import_extension`. The first two are looked for when they are first needed.
+    A member is registered by a module of the family's own package, by an installed package's entry point, or by the
+    user's code. The first two are loaded on first use.
 
     Args:
-        what: one member is called, for messages: "feature layer".
+        what: noun for one member, used in messages, such as "feature layer".
         package: full name of the package whose modules register the members that come with timm_fsr.
-        group: the entry points of other packages that are imported for theirs.
+        group: entry points of other packages; each has the name of the member that its module registers.
         dashes: whether "-" may stand in a name.
     """
 
@@ -40,17 +41,17 @@ class Registry(Generic[Entry]):
         self.what, self.package, self.group, self.dashes = what, package, group, dashes
         self._entries: dict[str, Entry] = {}
         self._modules: dict[str, str] = {}
-        self._places: dict[str, str] = {}  # of the definition, for people
-        self._observers: list[Callable[[str], None]] = []
+        self._places: dict[str, str] = {}  # where each was defined, for messages
+        self._observers: list[Callable[[str], object]] = []
         self._package_imported = self._plugins_imported = False
 
     def add(self, name: str, entry: Entry, *, definition: Callable[..., object] | None = None) -> None:
         """Make `entry` known by `name`; the same definition may be added again, as by a module that is reloaded.
 
         Args:
-            name: by which it will be asked for.
+            name: the name to look it up by.
             entry: the member.
-            definition: the class or function that the user wrote, where `entry` is made of it.
+            definition: the user's class or function, if `entry` wraps it.
 
         Raises:
             ValueError: the name is no identifier, or belongs to something else.
@@ -59,33 +60,50 @@ class Registry(Generic[Entry]):
         module = str(defined.__module__)
         where = f"{defined.__qualname__} in {_extensions.get(module, module)}"
         if not isinstance(name, str) or not (name.replace("-", "_") if self.dashes else name).isidentifier():
-            raise ValueError(f"the {self.what} {where} is called {name!r}; give it a `name` that is an identifier")
-        if self._places.get(name, where) != where:
-            raise ValueError(
-                f"a {self.what} named {name!r} is registered already ({self._places[name]}); choose another"
+            raise RegistrationError(
+                f"the {self.what} {where} has the name {name!r}; give it a class attribute `name` that is an identifier"
             )
-        new = name not in self._entries
+        if self._places.get(name, where) != where:
+            raise RegistrationError(
+                f"the {self.what} name {name!r} is taken by {self._places[name]}; give {where} another name, or import "
+                "that code only once"
+            )
+        if name in self._entries:
+            self._entries[name], self._modules[name] = entry, module
+            return
         self._entries[name], self._modules[name], self._places[name] = entry, module, where
-        if new:
+        try:
             for observer in self._observers:
                 observer(name)
+        except ValueError:
+            self.remove(name)
+            raise
 
     def remove(self, name: str) -> None:
-        """Forget a member; unknown names are ignored."""
+        """Remove a member; an unknown name does nothing."""
         for known in (self._entries, self._modules, self._places):
             known.pop(name, None)
 
-    def observe(self, observer: Callable[[str], None]) -> None:
-        """Call `observer` with the name of every member that is added from now on."""
+    def observe(self, observer: Callable[[str], object], *, past: bool = False) -> None:
+        """Call `observer` with the name of every member that is added from now on.
+
+        A ValueError from it refuses the member. With `past`, it is called for those that are known already too.
+        """
+        for name in list(self._entries) if past else ():
+            observer(name)
         self._observers.append(observer)
 
     def own_names(self) -> list[str]:
-        """Names of the members that are known without looking into other packages, sorted."""
+        """Names of the members that are known without importing other packages, sorted."""
         self._import_package()
         return sorted(self._entries)
 
+    def promised_names(self) -> list[str]:
+        """Names that installed packages announce by their entry points, none of which is imported."""
+        return sorted({point.name for point in importlib.metadata.entry_points(group=self.group)})
+
     def names(self) -> list[str]:
-        """Names of all members, sorted."""
+        """Names of all members, sorted; this imports the packages that announce some."""
         self._import_package()
         self._import_plugins()
         return sorted(self._entries)
@@ -101,11 +119,12 @@ class Registry(Generic[Entry]):
         """
         found = self._find(name)
         if found is None:
-            raise ValueError(unknown(self.what, name, self.names()))
+            hint = unknown(self.what, name, self.names())
+            raise ValueError(f"{hint}; if it is your own, import its code first: {FLAG}")
         return found
 
     def origin(self, name: str) -> str | None:
-        """What has to be imported before `name` is known: a file or a module; None for what comes with timm_fsr."""
+        """The file or module to import before `name` is known; None for what comes with timm_fsr."""
         module = self._modules.get(name, "")
         if module.partition(".")[0] == self.package.partition(".")[0]:
             return None
@@ -122,9 +141,13 @@ class Registry(Generic[Entry]):
         if self._package_imported:
             return
         self._package_imported = True  # first, as these modules may ask for names themselves
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
+        try:
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+        except BaseException:
+            self._package_imported = False
+            raise
 
     def _import_plugins(self) -> None:
         if self._plugins_imported:
@@ -133,7 +156,7 @@ class Registry(Generic[Entry]):
         for point in importlib.metadata.entry_points(group=self.group):
             try:
                 point.load()
-            except Exception as error:  # whatever foreign code raises
+            except (Exception, SystemExit) as error:  # foreign code may raise anything
                 warnings.warn(
                     f"the entry point {point.name!r} of {self.group} ({point.value}) cannot be imported and is left "
                     f"out: {type(error).__name__}: {error}; update or uninstall the package that has it",
@@ -141,36 +164,72 @@ class Registry(Generic[Entry]):
                 )
 
 
+class RegistrationError(ValueError):
+    """A member that cannot be registered; its message names the remedy."""
+
+
 def import_extension(source: str) -> ModuleType:
-    """Import code of the user that registers layers, objectives or attacks; twice does nothing new.
+    """Import the user's code that registers layers, objectives, attacks or suites; a second import does nothing.
 
     Args:
-        source: path of a Python file, or the full name of a module.
+        source: path of a Python file, or the full name of a module, which is also looked for in the working directory.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: there is no such module, or the code raises an error when it is imported.
     """
-    if source.endswith(".py") or "/" in source or "\\" in source:
-        path = Path(source).expanduser().resolve()
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {source} to import; give the path of a Python file, or a module")
-        name = _EXTENSION + re.sub(r"\W", "_", str(path.with_suffix("")))
-        _extensions[name] = source
-        return sys.modules[name] if name in sys.modules else _run(name, path, source)
+    if is_file_name(source):
+        return _import_file(Path(source).expanduser().resolve(), source)
+    if not all(part.isidentifier() for part in source.split(".")):
+        raise ValueError(f"{source!r} is neither a Python file nor a module; write {FLAG}")
+    directory = str(Path.cwd())
+    if not {"", directory} & set(sys.path):  # the console script's first entry is its own folder
+        sys.path.append(directory)
     try:
         return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (source == error.name or source.startswith(f"{error.name}.")):
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{source}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"there is no module {source} to import; install its package, or give the path of a file: {source}.py"
             ) from error
-        raise ValueError(_failed(source, error)) from error
-    except Exception as error:
-        raise ValueError(_failed(source, error)) from error
+        raise _failure(source, error) from error
 
 
-def _run(name: str, path: Path, source: str) -> ModuleType:
+def is_file_name(source: str) -> bool:
+    """Whether `import_extension` takes it for a path, not for the name of a module."""
+    return source.endswith(".py") or any(mark in source for mark in "/\\~") or Path(source).is_dir()
+
+
+def split_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What `--import` names in a command's arguments, and the arguments without them.
+
+    Raises:
+        ValueError: a flag without a value.
+    """
+    sources: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag != "--import":
+            others.append(argument)
+            continue
+        source = value if equals else next(rest, "")
+        if not source or source.startswith("-"):
+            raise ValueError(f"--import has no value; write {FLAG}")
+        sources.append(source)
+    return sources, others
+
+
+def _import_file(path: Path, source: str) -> ModuleType:
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder; give the path of a Python file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {source} to import; give the path of a Python file, or a module")
+    name = f"{_EXTENSION}{re.sub(r'[^0-9a-zA-Z]', '_', path.stem)}_{hashlib.sha256(bytes(path)).hexdigest()[:12]}"
+    _extensions[name] = source
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -178,11 +237,15 @@ def _run(name: str, path: Path, source: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except BaseException as error:
         del sys.modules[name]
-        raise ValueError(_failed(source, error)) from error
+        if isinstance(error, (Exception, SystemExit)):
+            raise _failure(source, error) from error
+        raise
     return module
 
 
-def _failed(source: str, error: Exception) -> str:
-    return f"{source} cannot be imported: {type(error).__name__}: {error}; correct it and try again"
+def _failure(source: str, error: BaseException) -> ValueError:
+    if isinstance(error, RegistrationError):
+        return error
+    return ValueError(f"{source} cannot be imported: {type(error).__name__}: {error}; correct it and try again")

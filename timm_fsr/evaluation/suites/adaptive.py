@@ -29,7 +29,7 @@ from timm_fsr.utils.random import own_randomness
 
 STEPS = 100
 JOINT_WEIGHTS = (0.1, 1.0, 10.0)
-"""Weights of the auxiliary losses beside the main one."""
+"""Weights of the auxiliary losses relative to the main loss."""
 
 _DRAWS = 10  # passes over which the attack averages the noise
 _FLIP_WEIGHT = 10.0

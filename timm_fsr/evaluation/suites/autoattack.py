@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from timm_fsr.attacks.autoattack import COMPONENTS, NORMS, VERSIONS, Component, nonstandard, usable
+from timm_fsr.attacks.autoattack import AUTOATTACK_NORMS, COMPONENTS, VERSIONS, Component, nonstandard, usable
 from timm_fsr.evaluation.registry import Stage, Suite, Target, register_suite
 
 AUTOATTACK_SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -36,7 +36,7 @@ def _register(name: str, version: str, components: tuple[str, ...]) -> None:
         return [Suite(name, kept, note=f"{name}: {note}" if note else "")]
 
     build.__doc__, build.__qualname__ = _ABOUT.get(name, f"AutoAttack's component {name} alone."), name
-    register_suite(name, check=check, norms=tuple(NORMS))(build)
+    register_suite(name, check=check, norms=tuple(AUTOATTACK_NORMS))(build)
 
 
 def _stage(component: Component, classes: int) -> Stage:

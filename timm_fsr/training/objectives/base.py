@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_fsr.attacks.base import Attack, LossFunction, attack_mode
 from timm_fsr.training.objectives.passes import attack_loss
 from timm_fsr.utils.errors import check_images
-from timm_fsr.utils.registry import Registry
+from timm_fsr.utils.registry import RegistrationError, Registry
 
 Method = TypeVar("Method", bound="Objective")
 
@@ -149,8 +149,14 @@ def register_objective(objective: ObjectiveClass) -> ObjectiveClass:
     """Class decorator that makes a training objective known by its `name`.
 
     Raises:
-        ValueError: the name is missing, no identifier, or taken by another class.
+        ValueError: the name is missing, no identifier, or taken by another class; or the class is no dataclass derived
+            from `Objective`.
     """
+    if not issubclass(objective, Objective) or "__dataclass_fields__" not in vars(objective):
+        raise RegistrationError(
+            f"the objective {objective.__qualname__} has to derive from timm_fsr.Objective and be a dataclass; put "
+            "@dataclass(frozen=True, kw_only=True) under @register_objective"
+        )
     OBJECTIVES.add(getattr(objective, "name", ""), objective)
     return objective
 
