@@ -73,7 +73,7 @@ def test_fsr_s_flops_are_those_of_its_convolutions(tmp_path: Path, monkeypatch: 
 def test_scaling_compares_epochs_of_one_and_two_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The launches are recorded here: a minute of imports otherwise, and tests/end_to_end/test_accelerate_configs.py has them."""
+    """The launches are recorded here: they would take a minute, and end_to_end/test_accelerate_configs.py has them."""
     seconds = {("one_cpu", 8): 2.0, ("two_cpu_processes", 8): 1.25, ("two_cpu_processes", 16): 2.5}
 
     def launch(command: list[str], *, env: dict[str, str] | None = None, **_: Any) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Traps that hooks fall into silently: copies, wrappers, precision (also: test_gradient_checkpointing.py, test_graphs.py)."""
+"""Traps that hooks fall into silently: copies, wrappers, precision (also test_gradient_checkpointing.py and _graphs)."""
 
 from __future__ import annotations
 

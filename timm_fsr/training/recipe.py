@@ -52,7 +52,8 @@ class Recipe:
         imports: Python files or modules that register layers, objectives or attacks of your own; they are imported
             before anything else. `--import FILE_OR_MODULE` adds one.
         overwrite: replace a run that `output` holds already; else that is an error.
-        resume: go on with the run that `output` holds, from its newest checkpoint; start from the beginning if there is none.
+        resume: go on with the run that `output` holds, from its newest checkpoint; start from the beginning if there is
+            none.
         seed: decides weights, order, augmentation, attacks and noise.
         mixed_precision: "no" (float32; its convolutions use TF32 on GPUs that have it, torch's default), "bf16" or
             "fp16", by Accelerate. Validation and evaluation are always in float32 without TF32.
