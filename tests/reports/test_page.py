@@ -200,6 +200,7 @@ class TestOneModel:
     @pytest.mark.parametrize(("name", "warned"), [("fgsm", True), ("autoattack", False), ("adaptive", False)])
     def test_weak_attacks_are_called_an_upper_bound(self, name, warned):
         weak = report(correct={"clean": flags("11"), name: flags("10")}, attacks={name: "x"}, labels=None)
+        assert ("is an upper bound: FGSM only; AutoAttack" in render_page([Entry("m", weak)])) == (name == "fgsm")
         assert ("is an upper bound" in render_page([Entry("m", weak)])) == warned
 
     def test_names_are_escaped(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -85,8 +86,29 @@ class TestCounting:
 
     def test_the_summary_names_everything(self, report):
         assert report.summary() == (
-            "clean 85.71 %, fgsm 42.86 %, pgd20 42.86 %, worst case 28.57 % (Linf 8/255, 7 images)"
+            "clean 85.71 %, fgsm 42.86 %, pgd20 42.86 %, worst case 28.57 % (Linf 8/255, 7 images); "
+            "upper bound: FGSM and PGD-20 only; AutoAttack and adaptive attacks usually lower it"
         )
+
+    @pytest.mark.parametrize(
+        ("attacks", "said"),
+        [
+            (["fgsm", "pgd20", "pgd100x5"], "FGSM, PGD-20 and PGD-100 with 5 restarts only"),
+            (["cw30"], "C&W-30 only"),
+            (["mine", "square"], "mine and square only"),
+            (["fgsm", "official-ensemble"], "FGSM only"),
+            ([], "no attack was run"),
+            (["fgsm", "autoattack"], ""),
+            (["adaptive"], ""),
+            (["rand"], ""),
+        ],
+    )
+    def test_weak_attacks_alone_give_an_upper_bound(self, report, attacks, said):
+        correct = dict.fromkeys(["clean", *attacks], torch.tensor([True, False]))
+        found = dataclasses.replace(report, correct=correct, attacks=dict.fromkeys(attacks, "..."))
+        expected = f"upper bound: {said}; AutoAttack and adaptive attacks usually lower it" if said else ""
+        assert found.upper_bound == expected
+        assert found.summary().endswith(expected or "images)")
 
 
 class TestReadingBack:

@@ -17,8 +17,8 @@ from timm.models import get_pretrained_cfg
 from timm_fsr.hub.bundle import Bundle, publishable
 from timm_fsr.models.pretrained import CARD, list_pretrained
 from timm_fsr.models.weights import RECORD
-from timm_fsr.reports.comparison import STRONG_ATTACKS, differences, layer_of, listed, mcnemar, same_keys
-from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.reports.comparison import differences, layer_of, listed, mcnemar, same_keys
+from timm_fsr.reports.report import STRONG_ATTACKS, WORST_CASE, Report
 
 _ANEW = f"make it anew by timm-fsr card (FOLDER/{CARD} is pushed unchanged)"
 

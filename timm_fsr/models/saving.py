@@ -365,7 +365,7 @@ def training_report(name: str, model: nn.Module) -> Report | None:
     Raises:
         ValueError: the report is damaged.
     """
-    path = _find(resolve(name))
+    path = _find(resolve(name), REPORT)
     if path is None or not path.is_file():
         return None
     report = Report.load(path)
@@ -373,18 +373,36 @@ def training_report(name: str, model: nn.Module) -> Report | None:
     return report if recorded in (None, weights_digest(model)) else None
 
 
-def _find(name: str) -> Path | None:
+def training_recipe(name: str, report: Report) -> Mapping[str, Any] | None:
+    """The recipe that a model brings, as plain values; None if it brings none that can be read.
+
+    Args:
+        name: of the model; see `training_report`.
+        report: that the model brings. A published one leaves the recipe to a file of its own.
+    """
+    found = report.conditions.get("recipe")
+    if not found:
+        path = _find(resolve(name), RECIPE)
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+        except (ValueError, yaml.YAMLError):
+            return None
+    return found if isinstance(found, Mapping) else None
+
+
+def _find(name: str, file: str) -> Path | None:
+    """A file that a model brings besides its weights; None if that is known to be missing."""
     if name.startswith(FOLDER):
-        return Path(name.removeprefix(FOLDER)) / REPORT
+        return Path(name.removeprefix(FOLDER)) / file
     if name.startswith(HUB):
-        return _of_hub(name.removeprefix(HUB))
-    return next((entry.folder / REPORT for entry in list_pretrained() if entry.name == name), None)
+        return _of_hub(name.removeprefix(HUB), file)
+    return next((entry.folder / file for entry in list_pretrained() if entry.name == name), None)
 
 
-def _of_hub(repository: str) -> Path | None:
-    """The report in a repository; None where it has none, or where it cannot be had now."""
+def _of_hub(repository: str, file: str) -> Path | None:
+    """A file of a repository; None where it has none, or where it cannot be had now."""
     try:
         with explained(repository):
-            return Path(download_from_hf(repository, REPORT))
+            return Path(download_from_hf(repository, file))
     except OSError:  # the weights were there: what they were chosen by must not keep them from being judged
         return None

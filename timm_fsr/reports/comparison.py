@@ -27,9 +27,6 @@ FREE = (
 IMPLICIT: dict[str, Any] = {"attack.args": {}}
 _LAYER = ("model.layer", "model.layer_args", "model.at")
 
-STRONG_ATTACKS = ("autoattack", "plus", "rand", "adaptive")
-"""A robust accuracy that none of these attacks has tested is only an upper bound."""
-
 
 def layer_of(recipe: Mapping[str, Any]) -> str | None:
     """The feature layer that a recipe, as plain values, trains with, whether it stands apart or in the model's name."""

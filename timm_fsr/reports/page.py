@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from timm_fsr.reports.charts import Line, bar_chart, heat_map, line_chart
-from timm_fsr.reports.comparison import STRONG_ATTACKS, differences, listed, mcnemar
+from timm_fsr.reports.comparison import differences, listed, mcnemar
 from timm_fsr.reports.report import SCHEMA_VERSION, WORST_CASE, Report, format_eps
 
 _SHOWN_CLASSES = 20  # of more than these the best and the worst are shown
@@ -69,7 +69,7 @@ def _model(entry: Entry) -> dict[str, Any]:
         "robust": _row(report, WORST_CASE),
         "clean": _row(report, "clean"),
         "rows": [_row(report, name) for name in report.correct],
-        "upper_bound": not set(report.correct) & set(STRONG_ATTACKS),
+        "upper_bound": report.upper_bound.removeprefix("upper bound: "),
         "curves": _curves([entry]),
         "noise": _noise(report.evidence),
         "surfaces": _surfaces(report.evidence),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,11 @@ SCHEMA_VERSION = 2
 """Version 1 had no stages, labels, calibration, evidence, corruptions and notes; it is still read."""
 
 WORST_CASE = "worst_case"
+
+STRONG_ATTACKS = ("autoattack", "plus", "rand", "adaptive")
+"""A robust accuracy that none of these attacks has tested is only an upper bound."""
+
+_SPOKEN = {"fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "apgd": "APGD"}  # attacks whose names end in numbers of steps
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,6 +101,16 @@ class Report:
     def threat(self) -> str:
         """The threat model in the field's notation: "Linf 8/255"."""
         return f"{self.norm.capitalize()} {format_eps(self.eps, self.norm)}"
+
+    @property
+    def upper_bound(self) -> str:
+        """One sentence if only weak attacks were run, so that stronger ones may lower the worst case; else ""."""
+        if set(self.correct) & set(STRONG_ATTACKS):
+            return ""
+        ran = [_spoken(name) for name in self.attacks if not name.endswith("-ensemble")]  # of others that are named
+        named = " and ".join(filter(None, [", ".join(ran[:-1]), *ran[-1:]]))
+        tried = f"{named} only" if ran else "no attack was run"
+        return f"upper bound: {tried}; AutoAttack and adaptive attacks usually lower it"
 
     def per_class(self, name: str = WORST_CASE) -> list[float | None]:
         """Accuracy of each class under one attack, "clean" or all of them; None for a class without images.
@@ -190,9 +206,10 @@ class Report:
         return cls.from_dict(values)
 
     def summary(self) -> str:
-        """One line: every accuracy in percent, and the threat model."""
+        """One line: every accuracy in percent, the threat model, and whether the worst case is an upper bound."""
         parts = [f"{name} {100 * value:.2f} %" for name, value in self.accuracy.items()]
-        return f"{', '.join(parts)}, worst case {100 * self.worst_case:.2f} % ({self.threat}, {self.count} images)"
+        line = f"{', '.join(parts)}, worst case {100 * self.worst_case:.2f} % ({self.threat}, {self.count} images)"
+        return "; ".join(filter(None, [line, self.upper_bound]))
 
 
 def format_eps(eps: float, norm: str = "linf") -> str:
@@ -205,6 +222,15 @@ def format_eps(eps: float, norm: str = "linf") -> str:
     if norm != "linf" or eps == 0 or (not whole and abs(eps - float(f"{eps:.3g}")) < 1e-12):
         return f"{eps:.4g}"
     return f"{round(scaled)}/255" if whole else f"{scaled:.3g}/255"
+
+
+def _spoken(name: str) -> str:
+    """An attack as the field writes it: "pgd100x5" is "PGD-100 with 5 restarts"; other names stay as they are."""
+    found = re.fullmatch(r"([a-z]+)(\d+)?(?:x(\d+))?", name)
+    if found is None or found[1] not in _SPOKEN:
+        return name
+    steps = f"-{found[2]}" if found[2] else ""
+    return f"{_SPOKEN[found[1]]}{steps}{f' with {found[3]} restarts' if found[3] else ''}"
 
 
 def _share(outcome: Tensor) -> float:
