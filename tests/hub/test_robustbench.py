@@ -224,7 +224,7 @@ class TestRegisterAlias:
     def test_it_is_registered_like_any_timm_model(self, tmp_path):
         save_pretrained(tiny(), tmp_path)
         alias = self.register(tmp_path)
-        assert timm.list_models(module="leaderboard") == [alias]
+        assert timm.list_models(module="robustbench") == [alias]
         assert timm.model_entrypoint(alias).__name__ == alias
         assert getattr(timm_fsr.hub.robustbench, alias) is timm.model_entrypoint(alias)
 

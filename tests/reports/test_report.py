@@ -119,6 +119,18 @@ class TestReadingBack:
         assert {name: flags.dtype for name, flags in again.correct.items()} == dict.fromkeys(report.correct, torch.bool)
         assert (again.norm, again.eps, again.seed, again.conditions) == ("linf", 8 / 255, 3, report.conditions)
 
+    def test_a_folder_is_read_as_the_command_reads_it(self, report, tmp_path):
+        report.save(tmp_path / "report.json")
+        assert Report.load(tmp_path).to_dict() == Report.load(tmp_path / "report.json").to_dict()
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"empty holds no report\.json; give the folder of an evaluation"):
+            Report.load(tmp_path / "empty")
+
+    def test_it_prints_as_one_line(self, report):
+        assert str(report) == f"tiny on ünïcode: {report.summary()}"
+        assert repr(report) == f"<Report: {report}>"
+        assert str(dataclasses.replace(report, conditions={})).startswith("a model on unnamed images: clean 85.71 %")
+
     def test_the_file_shows_the_numbers(self, report, tmp_path):
         report.save(tmp_path / "report.json")
         written = json.loads((tmp_path / "report.json").read_text())

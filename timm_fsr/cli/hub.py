@@ -57,7 +57,7 @@ def card_command(arguments: Sequence[str]) -> None:
         prog="timm-fsr card",
         description="Write a model card from a folder's config, report and recipe.",
     )
-    parser.add_argument("folder", help="with config.json, model.safetensors, report.json and recipe.yaml")
+    parser.add_argument("folder", help="with config.json, model.safetensors, report.json and, if known, recipe.yaml")
     parser.add_argument("repo_id", help="user/name that it is or will be on the Hub")
     parser.add_argument("--output", help=f"the card (default FOLDER/{CARD}, which push takes unchanged)")
     parser.add_argument("--tag", help="the name by which timm knows the model without the Hub's (default: none)")
@@ -184,8 +184,7 @@ def _add_card_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _card_options(options: argparse.Namespace) -> CardOptions:
-    path = Path(options.baseline) if options.baseline else None
-    baseline = Report.load(path / REPORT if path.is_dir() else path) if path else None
+    baseline = Report.load(options.baseline) if options.baseline else None
     return CardOptions(license=options.license, base_model=options.base_model, baseline=baseline)
 
 

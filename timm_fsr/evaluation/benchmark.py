@@ -230,11 +230,8 @@ def load_entry(path: str | Path) -> Entry:
         FileNotFoundError: there is no report.
         ValueError: it is damaged.
     """
-    path = Path(path)
-    if path.is_dir() and not (path / REPORT).is_file():
-        raise FileNotFoundError(f"{path} holds no {REPORT}; give the --output folder of an evaluation")
+    path, report = Path(path), Report.load(path)
     path = path / REPORT if path.is_dir() else path
-    report = Report.load(path)
     beside = path.parent / EXAMPLES
     examples = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     return Entry(str(report.conditions.get("model") or path.parent.name), report, examples)

@@ -69,7 +69,7 @@ def render_card(bundle: Bundle, repo_id: str, options: CardOptions | None = None
     if license is None:
         raise ValueError("the model's configuration names no licence; give one, such as license='apache-2.0'")
     check_license(license)
-    started, found = starting_point(bundle.recipe)
+    started, found = starting_point(bundle.training)
     if options.base_model is not None:
         check_repo_id(options.base_model)
         started = found = options.base_model
@@ -132,7 +132,8 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
     return {
         "report": report,
         "config": config,
-        "recipe": bundle.recipe,
+        "recipe": bundle.training,
+        "notes": _notes(bundle),
         "data": training_data(bundle),
         "tested": report.conditions.get("data") or tested.title,
         "split": f"{split} " if split else "",
@@ -148,6 +149,13 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
         "beyond": next(((eps, share) for eps, share in _radii(report) if eps > report.eps), None),
         "corruption": _mean_corruption(report),
     }
+
+
+def _notes(bundle: Bundle) -> dict[str, str]:
+    """What is said of a training by other code: keys and values of its author, as they can stand in a table."""
+    if bundle.training:
+        return {}
+    return {str(key): " ".join(str(value).split()).replace("|", "\\|") for key, value in bundle.recipe.items()}
 
 
 def _row(report: Report, name: str) -> dict[str, Any]:
@@ -178,7 +186,7 @@ def _mean_corruption(report: Report) -> float | None:
 def _comparison(bundle: Bundle, baseline: Report) -> dict[str, Any]:
     """The baseline's figures beside the model's, and whether chance explains the difference in the worst case."""
     report = bundle.report
-    same, whole = _common(report, baseline), _check_recipes(bundle.recipe, baseline.conditions.get("recipe"))
+    same, whole = _common(report, baseline), _check_recipes(bundle.training, baseline.conditions.get("recipe"))
     gained, lost, distinguishable = mcnemar(baseline, report, WORST_CASE)
     rows = [(_row(report, name), _row(baseline, name)) for name in (*report.correct, WORST_CASE)]
     return {
@@ -304,7 +312,7 @@ def check_license(license: str) -> None:
 
 def training_data(bundle: Bundle) -> DataFacts:
     """Of what the recipe trains on."""
-    return _facts(bundle.recipe.get("data", {}).get("source"))
+    return _facts(bundle.training.get("data", {}).get("source"))
 
 
 def tested_data(bundle: Bundle) -> tuple[DataFacts, str | None]:

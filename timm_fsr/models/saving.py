@@ -9,7 +9,7 @@ import shutil
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -50,12 +50,23 @@ _NOT_SAVED = ("pretrained_backbone", "checkpoint_path", "cache_dir")
 HALVES = (torch.float16, torch.bfloat16)
 
 
+DESCRIPTION = "description"
+"""The key of `recipe.yaml` that holds a training described in words."""
+
+
+class WrittenRecipe(Protocol):
+    """What a `timm_fsr.Recipe` is to those who only store it."""
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML."""
+
+
 def save_pretrained(
     model: nn.Module,
     folder: str | Path,
     *,
     report: Report | None = None,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: WrittenRecipe | Mapping[str, Any] | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Save a model as `config.json` and `model.safetensors`, with every feature-layer argument written out.
@@ -65,7 +76,9 @@ def save_pretrained(
         folder: made if missing; files of these names in it are replaced, each atomically, when all are written.
         report: written beside them as `report.json`; without one, an older one there is removed. So is an older model
             card: it is about other weights.
-        recipe: how it was trained, written as `recipe.yaml`; None takes the one that the report of a training run has.
+        recipe: how it was trained, written as `recipe.yaml`: a `timm_fsr.Recipe`, the same as plain values, or, for a
+            training by other code, keys and values of your own or a text. None takes the one that the report of a
+            training run has; without any, the training is not documented.
         dtype: torch.float16 or torch.bfloat16 stores matrices and kernels in it, after `timm_fsr.round_weights`; they
             are float32 again when loaded.
 
@@ -73,9 +86,11 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: `timm.create_model` could not rebuild the model from its configuration, or `dtype` would change it.
+        ValueError: `timm.create_model` could not rebuild the model from its configuration, `dtype` would change it, or
+            the recipe is none.
         OSError: the disk is full or the folder is not writable; what was there before is untouched.
     """
+    written = _written_recipe(recipe, report)
     model = base_model(model)
     _check_rebuildable(model)
     arguments = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in _NOT_SAVED}
@@ -92,10 +107,9 @@ def save_pretrained(
             shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
             if report is not None:
                 (scratch / REPORT).write_text(report.to_json())
-            recipe = recipe or (report.conditions.get("recipe") if report else None)
-            if recipe:
-                (scratch / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
-        stale = [name for name, written in ((REPORT, report), (RECIPE, recipe)) if not written]
+            if written:
+                (scratch / RECIPE).write_text(written, encoding="utf-8")
+        stale = [name for name, content in ((REPORT, report), (RECIPE, written)) if not content]
         if _is_card(folder / CARD):
             stale.append(CARD)
         for name in stale:
@@ -104,6 +118,44 @@ def save_pretrained(
         if original is not None:
             model._model_args = original
     return folder
+
+
+def _written_recipe(recipe: object, report: Report | None) -> str:
+    """The content of `recipe.yaml`; "" if nothing is known of the training.
+
+    Raises:
+        ValueError: it is no recipe, or holds what YAML has no word for.
+    """
+    values = recipe_values(recipe) or recipe_values(report.conditions.get("recipe") if report else None)
+    try:
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"the recipe holds a value that is not plain ({_one_line(error)}); give numbers, texts, lists and "
+            "dictionaries of these"
+        ) from error
+
+
+def recipe_values(recipe: object) -> dict[str, Any]:
+    """A recipe in any of the forms that `save_pretrained` takes, as plain keys and values; {} for None.
+
+    Raises:
+        ValueError: it is in none of them.
+    """
+    if recipe is None:
+        return {}
+    if isinstance(recipe, Mapping):
+        return dict(recipe)
+    if isinstance(recipe, str):
+        if "\n" not in recipe and recipe.endswith((".yaml", ".yml")):
+            raise ValueError(
+                f"recipe={recipe!r} is the name of a file; give what it holds, by timm_fsr.Recipe.load({recipe!r})"
+            )
+        return {DESCRIPTION: recipe.strip()} if recipe.strip() else {}
+    if hasattr(recipe, "to_yaml"):
+        values = dict(yaml.safe_load(recipe.to_yaml()))
+        return {key: value for key, value in values.items() if key not in ("output", "overwrite", "resume")}
+    raise ValueError(f"recipe is {type(recipe).__name__}; give a timm_fsr.Recipe, keys and values, a text, or None")
 
 
 def from_pretrained(

@@ -23,10 +23,12 @@ WORST_CASE = "worst_case"
 STRONG_ATTACKS = ("autoattack", "plus", "rand", "adaptive")
 """A robust accuracy that none of these attacks has tested is only an upper bound."""
 
+_FILE = "report.json"
+
 _SPOKEN = {"fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "apgd": "APGD"}  # attacks whose names end in numbers of steps
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Report:
     """Per-image outcomes of an evaluation, and everything that decided them; docs/report.md describes its JSON.
 
@@ -123,6 +125,13 @@ class Report:
         assert self.num_classes is not None
         return per_class_accuracy(self.flags_of(name), self.labels, self.num_classes)
 
+    def __str__(self) -> str:
+        model, data = self.conditions.get("model"), self.conditions.get("data")
+        return f"{model or 'a model'} on {data or 'unnamed images'}: {self.summary()}"
+
+    def __repr__(self) -> str:
+        return f"<Report: {self}>"
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; `from_dict` reads it back."""
         return {
@@ -191,10 +200,19 @@ class Report:
     def load(cls, path: str | Path) -> Report:
         """Read what `save` wrote.
 
+        Args:
+            path: of the file, or of a folder that holds it as `report.json`: of an evaluation, a run or a saved model.
+
         Raises:
             FileNotFoundError: no such file.
             ValueError: no such report in it.
         """
+        if Path(path).is_dir():
+            if not (Path(path) / _FILE).is_file():
+                raise FileNotFoundError(
+                    f"{path} holds no {_FILE}; give the folder of an evaluation, of a run or of a saved model"
+                )
+            path = Path(path) / _FILE
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no report {path}; give the report.json that an evaluation has written")
         try:
