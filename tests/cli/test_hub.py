@@ -29,7 +29,8 @@ def saved(tmp_path: Path) -> Path:
         seed=0,
         conditions={"data": "fashion_mnist[test]", "weights_sha256": weights_digest(model)},
     )
-    return timm_fsr.save_pretrained(model, tmp_path / "resnet_tiny_cifar_fsr.toy", report=report, recipe=RECIPE)
+    folder = tmp_path / "resnet_tiny_cifar_fsr.toy"
+    return timm_fsr.save_pretrained(model, folder, report=report, recipe=RECIPE, license="apache-2.0")
 
 
 class TestModels:

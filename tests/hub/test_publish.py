@@ -85,7 +85,7 @@ class TestPush:
     def test_a_recipe_of_ours_is_a_recipe(self, tmp_path):
         recipe = Recipe.load(overrides=["--output=/home/joe/runs/x", "--model.layer=fsr"])
         model = network()
-        folder = timm_fsr.save_pretrained(model, tmp_path, report=report_on(model), recipe=recipe)
+        folder = timm_fsr.save_pretrained(model, tmp_path, report=report_on(model), recipe=recipe, license="mit")
         files = collect(folder, "us/toy")
         card = files["README.md"].decode()
         assert "`timm-fsr train --config recipe.yaml` repeats it" in card

@@ -179,8 +179,8 @@ def _add_card_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", metavar="REPORT", help="report of the same training without the layer (default: none)"
     )
-    parser.add_argument("--license", help="of the weights (default: the one in config.json)")
-    parser.add_argument("--base-model", help="user/name that the training started from (default: from the recipe)")
+    parser.add_argument("--license", help="of the weights (default: the one they were saved with or started from)")
+    parser.add_argument("--base-model", help="user/name that the training started from (default: what was loaded)")
 
 
 def _card_options(options: argparse.Namespace) -> CardOptions:

@@ -99,8 +99,9 @@ def push_to_hub(
         create_pr: open a pull request instead.
         message: of the commit.
         token: None takes HF_TOKEN or the one stored by `hf auth login`.
-        license: of the weights; None takes the one in the model's configuration.
-        base_model: "user/name" that the training started from; None finds it in the recipe.
+        license: of the weights; None takes the one that they were saved with, or that of the weights that the training
+            started from. The licence of an architecture is never taken.
+        base_model: "user/name" that the training started from; None takes what was really loaded.
         baseline: the report of the same training without the feature layer, for the card.
 
     Raises:
@@ -119,7 +120,7 @@ def push_to_hub(
         raise ValueError("a published model needs the report of its evaluation; give report=timm_fsr.evaluate(...)")
     else:
         with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(model, folder, report=report, recipe=recipe)
+            save_pretrained(model, folder, report=report, recipe=recipe, license=license)
             files = collect(folder, repo_id, card)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request is made against main, not {revision!r}; leave out create_pr or revision")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 import shutil
@@ -47,6 +48,9 @@ _REPOSITORY = r"[\w.-]+/[\w.-]+(@[^/\s]+)?"
 # Options of `timm.create_model` that say where weights come from; a saved model brings its own.
 _NOT_SAVED = ("pretrained_backbone", "checkpoint_path", "cache_dir")
 
+_ORIGIN = "_timm_fsr_origin"
+"""Attribute of a loaded model: "name", "hub_id" and "license" of the weights that it was loaded from, if known."""
+
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -67,6 +71,7 @@ def save_pretrained(
     *,
     report: Report | None = None,
     recipe: WrittenRecipe | Mapping[str, Any] | str | None = None,
+    license: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Save a model as `config.json` and `model.safetensors`, with every feature-layer argument written out.
@@ -79,6 +84,8 @@ def save_pretrained(
         recipe: how it was trained, written as `recipe.yaml`: a `timm_fsr.Recipe`, the same as plain values, or, for a
             training by other code, keys and values of your own or a text. None takes the one that the report of a
             training run has; without any, the training is not documented.
+        license: of the weights, by the Hub's short name, such as "apache-2.0"; None takes that of the weights that the
+            model was loaded from, if any. The licence in an architecture's configuration is not that of these weights.
         dtype: torch.float16 or torch.bfloat16 stores matrices and kernels in it, after `timm_fsr.round_weights`; they
             are float32 again when loaded.
 
@@ -102,8 +109,9 @@ def save_pretrained(
             tensors = _plain_tensors(model)
             save_file(tensors if dtype is None else halved(tensors, dtype), scratch / WEIGHTS)
             stored = None if dtype is None else str(dtype).removeprefix("torch.")
-            record = make_record(scratch / WEIGHTS, stored, _imports(model))
+            record = {**make_record(scratch / WEIGHTS, stored, _imports(model)), **_provenance(model, license)}
             save_config_for_hf(model, str(scratch / CONFIG), model_config={RECORD: record})
+            _settle_license(scratch / CONFIG)
             shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
             if report is not None:
                 (scratch / REPORT).write_text(report.to_json())
@@ -118,6 +126,23 @@ def save_pretrained(
         if original is not None:
             model._model_args = original
     return folder
+
+
+def _provenance(model: nn.Module, license: str | None) -> dict[str, Any]:
+    """Under what licence the weights are and what they were trained from, as far as that is known."""
+    origin = dict(getattr(model, _ORIGIN, {}))
+    inherited = origin.pop("license", None)
+    license = license or inherited
+    return {**({"license": license} if license else {}), **({"origin": origin} if origin else {})}
+
+
+def _settle_license(path: Path) -> None:
+    """Let a written `config.json` name the licence of its weights or none: timm takes the architecture's over."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["pretrained_cfg"].pop("license", None)
+    if license := config[RECORD].get("license"):
+        config["pretrained_cfg"]["license"] = license
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _written_recipe(recipe: object, report: Report | None) -> str:
@@ -213,16 +238,43 @@ def load(name: str, **kwargs: Any) -> nn.Module:
     if name.startswith(HUB):
         repository = name.removeprefix(HUB)
         with explained(repository):
-            name = f"{HUB}{_checked(repository, kwargs.get('cache_dir'))}"
-            return _create(
-                name, {"source": "hf-hub", "hf_hub_id": name.removeprefix(HUB)}, {"pretrained": True, **kwargs}
-            )
-    source = {}
+            commit, config = _checked(repository, kwargs.get("cache_dir"))
+            source, arguments = {"source": "hf-hub", "hf_hub_id": commit}, {"pretrained": True, **kwargs}
+            model = _create(f"{HUB}{commit}", source, arguments)
+        base = repository.partition("@")[0]
+        return _with_origin(model, arguments, {"name": base, "hub_id": base, "license": _license_of(config)})
+    source, arguments = {}, {"pretrained": True, **kwargs} if is_trained(name) else kwargs
     if name.startswith(FOLDER):
         source = {"source": "local-dir", "file": name.removeprefix(FOLDER)}
         verify_folder(Path(source["file"]))
     with explained(name):
-        return _create(name, source, {"pretrained": True, **kwargs} if is_trained(name) else kwargs)
+        model = _create(name, source, arguments)
+    return _with_origin(model, arguments, _origin(name, model))
+
+
+def _origin(name: str, model: nn.Module) -> dict[str, str | None]:
+    """Where the weights come from that `load` has given a model; the same model in a folder keeps its own origin."""
+    if name.startswith(FOLDER):
+        config = read_config(Path(name.removeprefix(FOLDER)))
+        return {**config.get(RECORD, {}).get("origin", {}), "license": _license_of(config)}
+    tag = next((entry for entry in list_pretrained() if entry.name == name), None)
+    if tag is not None:  # with weights in the package nothing says that they are on the Hub too
+        return {"name": name, "hub_id": None if tag.weights else tag.hub_id, "license": _license_of(tag.config)}
+    timms = pretrained_cfg_of(model)
+    return {"name": timms.get("hf_hub_id"), "hub_id": timms.get("hf_hub_id"), "license": timms.get("license")}
+
+
+def _license_of(config: Mapping[str, Any]) -> str | None:
+    """The licence of the weights beside a `config.json`: other code than ours writes it among timm's own keys."""
+    return config[RECORD].get("license") if RECORD in config else config.get("pretrained_cfg", {}).get("license")
+
+
+def _with_origin(model: nn.Module, arguments: Mapping[str, Any], origin: Mapping[str, str | None]) -> nn.Module:
+    """The model, with a note of its origin if it has really been given weights of it."""
+    loaded = arguments.get("pretrained") or arguments.get("pretrained_backbone")
+    if loaded and not arguments.get("checkpoint_path"):
+        setattr(model, _ORIGIN, {key: value for key, value in origin.items() if value})
+    return model
 
 
 def is_trained(name: str) -> bool:
@@ -262,17 +314,18 @@ def weights_digest(model: nn.Module) -> str:
     return hashlib.sha256(save(_plain_tensors(base_model(model)))).hexdigest()
 
 
-def _checked(name: str, cache_dir: str | None) -> str:
-    """The repository with its present commit, so that what is loaded is what has been checked.
+def _checked(name: str, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
+    """The repository with its present commit, so that what is loaded is what has been checked, and its configuration.
 
     Refuses what timm would refuse in its own words, or not at all; the files checked stay in the cache.
     """
     path = Path(download_from_hf(name, CONFIG, cache_dir=cache_dir))
     source = f"{HUB}{name}"
-    _check_architecture(read_config(path.parent, source), source)
+    config = read_config(path.parent, source)
+    _check_architecture(config, source)
     commit = f"{hf_split(name)[0]}@{path.parent.name}"
     verify_hub(commit, cache_dir)
-    return commit
+    return commit, config
 
 
 def _check_architecture(config: Mapping[str, Any], source: str) -> None:
