@@ -129,6 +129,25 @@ class TestText:
         assert "37.5 % mean accuracy" in text
         assert "Note: beware." in text
 
+    def test_a_model_that_does_not_work_is_called_so(self, tmp_path):
+        labels = torch.arange(200) % 4
+        broken, works = (
+            report(correct={"clean": right, "autoattack": right}, stages={}, labels=labels, attacks={"autoattack": "x"})
+            for right in (labels == 1, torch.arange(200) < 150)
+        )
+        broken = dataclasses.replace(broken, notes=(broken.collapsed, "another"))
+        found = bundle(tmp_path / "a", broken)
+        text = render_card(found, REPO)
+        said = "the model does not work: it answers the class 1 for nearly all images"
+        assert f"**Robust accuracy says nothing here: {said}" in text
+        assert text.count(said) == 1
+        assert "Note: another." in text
+        check_card(text, found, REPO)
+        with pytest.raises(ValueError, match=r"the model's report says that the model does not work.*leave it out"):
+            render_card(found, REPO, CardOptions(baseline=works))
+        with pytest.raises(ValueError, match=r"the baseline's report says that the model does not work"):
+            render_card(bundle(tmp_path / "b", works), REPO, CardOptions(baseline=broken))
+
     def test_a_baseline_is_set_beside_it(self, tmp_path):
         correct = {"clean": flags("1110"), "pgd20": flags("0110"), "autoattack": flags("0110")}
         text = render_card(bundle(tmp_path), REPO, CardOptions(baseline=report(correct=correct)))

@@ -151,6 +151,14 @@ class TestModelInfo:
         with pytest.raises(ValueError, match=message):
             model_info(replace(report, conditions={**report.conditions, **changes}), **ABOUT)
 
+    def test_a_model_that_does_not_work(self, report):
+        labels = torch.arange(10_000) % 10
+        found = replace(report, labels=labels, correct=dict.fromkeys(report.correct, labels == 3))
+        with pytest.raises(
+            ValueError, match=r"it answers the class 3 for nearly all images .* a ranking of it would mean"
+        ):
+            model_info(found, **ABOUT)
+
     def test_a_part_of_the_images(self, report):
         part = {name: flags[:1_000] for name, flags in report.correct.items()}
         with pytest.raises(ValueError, match="about 1,000 images, but RobustBench ranks cifar10 by 10,000"):

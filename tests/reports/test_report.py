@@ -105,10 +105,36 @@ class TestCounting:
     )
     def test_weak_attacks_alone_give_an_upper_bound(self, report, attacks, said):
         correct = dict.fromkeys(["clean", *attacks], torch.tensor([True, False]))
-        found = dataclasses.replace(report, correct=correct, attacks=dict.fromkeys(attacks, "..."))
+        found = dataclasses.replace(report, correct=correct, attacks=dict.fromkeys(attacks, "..."), labels=None)
         expected = f"upper bound: {said}; AutoAttack and adaptive attacks usually lower it" if said else ""
         assert found.upper_bound == expected
         assert found.summary().endswith(expected or "images)")
+
+
+class TestCollapse:
+    def report(self, clean: torch.Tensor, **changes: object) -> Report:
+        values = {"conditions": {"classes": ["ant", "bee"]}, "labels": torch.arange(200) % 2}
+        return Report(
+            correct={"clean": clean, "autoattack": clean},
+            attacks={},
+            norm="linf",
+            eps=0.1,
+            seed=0,
+            **{**values, **changes},
+        )
+
+    def test_it_is_found_in_the_outcomes(self):
+        """Also in those of a report that was written before it was looked for."""
+        found = self.report(torch.arange(200) % 2 == 0)
+        assert found.collapsed.startswith("the model does not work: it answers the class 'ant' for nearly all images")
+        assert found.collapsed in found.summary()
+        assert Report.from_dict(found.to_dict()).collapsed == found.collapsed
+        assert self.report(torch.arange(200) % 2 == 0, labels=None).collapsed == ""
+
+    def test_a_model_that_works_is_not_named(self):
+        found = self.report(torch.arange(200) < 150)
+        assert found.collapsed == ""
+        assert found.summary().endswith("images)")
 
 
 class TestReadingBack:

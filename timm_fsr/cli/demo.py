@@ -105,6 +105,9 @@ def comparison_table(reports: dict[str, Report], seconds: dict[str, float]) -> T
 
 def verdict(with_layer: Report, without: Report) -> str:
     """What the numbers say about FSR, in a sentence, judged by the images on which the two models differ."""
+    for name, report in (("with", with_layer), ("without", without)):
+        if report.collapsed:
+            return f"The network {name} FSR cannot be compared: {report.collapsed}."
     ours, theirs = (r.correct["pgd20"] for r in (with_layer, without))
     gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     points = 100 * (gained - lost) / with_layer.count

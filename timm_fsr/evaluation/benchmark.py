@@ -181,7 +181,7 @@ def _evidence(
     announce: Announce,
 ) -> dict[str, Any]:
     """The evidence of honest gradients, each part of it kept as soon as it is known."""
-    return gather_evidence(
+    found = gather_evidence(
         model,
         *some,
         norm=report.norm,
@@ -191,6 +191,9 @@ def _evidence(
         announce=announce,
         once=lambda part, make: cache.once(f"{part} on {len(some[0])} images by {batch_size}", make),
     )
+    if report.collapsed:  # honest or not, its gradients say nothing
+        found["findings"] = [{"level": "warning", "text": report.collapsed}, *found.get("findings", ())]
+    return found
 
 
 def _examples(model: nn.Module, some: tuple[Tensor, Tensor], classes: Sequence[str], report: Report) -> dict[str, Any]:

@@ -192,6 +192,11 @@ def _mean_corruption(report: Report) -> float | None:
 def _comparison(bundle: Bundle, baseline: Report) -> dict[str, Any]:
     """The baseline's figures beside the model's, and whether chance explains the difference in the worst case."""
     report = bundle.report
+    for whose, one in (("baseline", baseline), ("model", report)):
+        if one.collapsed:
+            raise ValueError(
+                f"the {whose}'s report says that {one.collapsed}; a comparison would mean nothing: leave it out"
+            )
     same, whole = _common(report, baseline), _check_recipes(bundle.training, baseline.conditions.get("recipe"))
     gained, lost, distinguishable = mcnemar(baseline, report, WORST_CASE)
     rows = [(_row(report, name), _row(baseline, name)) for name in (*report.correct, WORST_CASE)]

@@ -241,6 +241,8 @@ def _check_standard(report: Report) -> None:
             f"the report holds {', '.join(report.correct)} but not 'autoattack', which RobustBench ranks by; evaluate "
             "with attacks=['autoattack']"
         )
+    if report.collapsed:
+        raise ValueError(f"{report.collapsed}; a ranking of it would mean nothing: train it again")
     nonstandard = report.conditions.get("autoattack_nonstandard")
     if nonstandard:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_fsr.reports.statistics import clopper_pearson, per_class_accuracy
+from timm_fsr.reports.statistics import clopper_pearson, collapse, per_class_accuracy
 from timm_fsr.utils.files import write_text
 
 SCHEMA_VERSION = 2
@@ -113,6 +113,17 @@ class Report:
         named = " and ".join(filter(None, [", ".join(ran[:-1]), *ran[-1:]]))
         tried = f"{named} only" if ran else "no attack was run"
         return f"upper bound: {tried}; AutoAttack and adaptive attacks usually lower it"
+
+    @property
+    def collapsed(self) -> str:
+        """One sentence if the model answers one class for nearly all images or guesses; else ""; see `collapse`."""
+        if self.labels is None:
+            return ""
+        right, total = self.labels[self.correct["clean"]], self.labels
+        size = int(total.max()) + 1
+        names = self.conditions.get("classes") or ()
+        found = collapse(right.bincount(minlength=size).tolist(), total.bincount(minlength=size).tolist(), names)
+        return f"the model does not work: {found}" if found else ""
 
     def per_class(self, name: str = WORST_CASE) -> list[float | None]:
         """Accuracy of each class under one attack, "clean" or all of them; None for a class without images.
@@ -224,10 +235,10 @@ class Report:
         return cls.from_dict(values)
 
     def summary(self) -> str:
-        """One line: every accuracy in percent, the threat model, and whether the worst case is an upper bound."""
+        """One line: every accuracy in percent, the threat model, and what takes meaning from the worst case."""
         parts = [f"{name} {100 * value:.2f} %" for name, value in self.accuracy.items()]
         line = f"{', '.join(parts)}, worst case {100 * self.worst_case:.2f} % ({self.threat}, {self.count} images)"
-        return "; ".join(filter(None, [line, self.upper_bound]))
+        return "; ".join(filter(None, [line, self.collapsed, self.upper_bound]))
 
 
 def format_eps(eps: float, norm: str = "linf") -> str:

@@ -248,7 +248,12 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Accuracies of the judged model on the held-out images; see `validation.validate`."""
         one_step = is_one_step(self.attack) and self.recipe.evaluation.overfitting_alarm
-        return validate(self.judged, self.held_out, self.recipe, self.accelerator, one_step=one_step)
+        return validate(
+            self.judged, self.held_out, self.recipe, self.accelerator, one_step=one_step, warn=self._warn_of_validation
+        )
+
+    def _warn_of_validation(self, text: str) -> None:
+        self.console.print(f"warning: validation in epoch {self.progress.epoch + 1}: {text}")
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint from which `restore` continues to the bit. Every process has to call this."""
