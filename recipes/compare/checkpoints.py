@@ -159,7 +159,12 @@ def release(entry: Entry, reports: Mapping[Entry, Report], base: Recipe, args: a
         (folder / stale).unlink(missing_ok=True)
     report, dtype, measured = halved(model, name, entry, reports[entry], base, args)
     timm_fsr.save_pretrained(
-        load(str(best)) if dtype is None else model, folder, report=report, recipe=recipe, dtype=dtype
+        load(str(best)) if dtype is None else model,
+        folder,
+        report=report,
+        recipe=recipe,
+        license="apache-2.0",  # ours, as the package is
+        dtype=dtype,
     )
     bundle = read_bundle(folder)
     card = render_card(bundle, repository, CardOptions(baseline=baseline))

@@ -83,6 +83,7 @@ def row(entry: Entry, reports: Mapping[Entry, Report], against: Sequence[str], o
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training_seconds": round(seconds, 1),
         "images": report.count,
+        "collapsed": report.collapsed,
         "accuracy": {name: round(accuracy[name], 4) for name in COLUMNS if name in accuracy},
         "interval_95": [round(bound, 4) for bound in report.interval(WORST_CASE)],
         "against": {method: pair(entry, method, reports) for method in against},
@@ -100,7 +101,8 @@ def table(rows: Sequence[Row]) -> str:
     known = {entry_of(one): one for one in rows}
     for entry, one in known.items():
         low, high = (100 * bound for bound in one["interval_95"])
-        cells = [one["method"], one["place"], str(one["seed"])]
+        method = one["method"] + (" (does not work)" if one.get("collapsed") else "")
+        cells = [method, one["place"], str(one["seed"])]
         cells += [f"{100 * one['accuracy'][name]:.1f} %" for name in names]
         cells.append(f"{low:.1f} to {high:.1f}")
         for found in one["against"].values():
@@ -119,7 +121,8 @@ def table(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """Markdown: one line a method and place, means over its seeds, the best worst case first.
 
-    Against others: the points of the worst case, seed by seed, and in bold those beyond chance.
+    Models that do not work come last, whatever their figures. Against others: the points of the worst case, seed by
+    seed, and in bold those beyond chance.
     """
     names, lines = columns(rows), []
     known = {entry_of(one): one for one in rows}
@@ -133,8 +136,12 @@ def summary(rows: Sequence[Row]) -> str:
             cells.append(", ".join(points(found, images) for found, images in pairs if found))
         based = [entry for entry in mine if entry.plain in known and entry != entry.plain]
         times = [known[entry]["training_seconds"] / known[entry.plain]["training_seconds"] for entry in based]
-        lines.append((means[WORST_CASE], [*cells, f"{statistics.mean(times):.2f} x" if times else ""]))
-    lines.sort(key=lambda line: -line[0])
+        broken = any(
+            one.get("collapsed") for one in mine.values()
+        )  # no attack changes answers that are always the same
+        cells[0] += " (does not work)" if broken else ""
+        lines.append(((not broken, means[WORST_CASE]), [*cells, f"{statistics.mean(times):.2f} x" if times else ""]))
+    lines.sort(key=lambda line: line[0], reverse=True)
     head = ["method", "place", "seeds", *(COLUMNS[name] for name in names)]
     return markdown(
         [*head, *(f"against {method}" for method in rows[0]["against"]), "training time"],
@@ -151,10 +158,10 @@ def points(found: Mapping[str, Any], images: int) -> str:
 def pair(entry: Entry, method: str, reports: Mapping[Entry, Report]) -> dict[str, Any] | None:
     """Images of the worst case gained and lost against another method, and whether beyond chance (McNemar).
 
-    None if that is not there or is the entry itself.
+    None if that is not there or is the entry itself, or if one of both does not work.
     """
     other = entry.beside(method)
-    if other not in reports or other == entry:
+    if other not in reports or other == entry or reports[other].collapsed or reports[entry].collapsed:
         return None
     return dict(
         zip(("gained", "lost", "beyond_chance"), mcnemar(reports[other], reports[entry], WORST_CASE), strict=True)

@@ -29,7 +29,8 @@ def saved(tmp_path: Path) -> Path:
         seed=0,
         conditions={"data": "fashion_mnist[test]", "weights_sha256": weights_digest(model)},
     )
-    return timm_fsr.save_pretrained(model, tmp_path / "resnet_tiny_cifar_fsr.toy", report=report, recipe=RECIPE)
+    folder = tmp_path / "resnet_tiny_cifar_fsr.toy"
+    return timm_fsr.save_pretrained(model, folder, report=report, recipe=RECIPE, license="apache-2.0")
 
 
 class TestModels:
@@ -102,11 +103,11 @@ class TestPush:
         assert "add --dry-run" in capsys.readouterr().err
 
     def test_what_is_wrong_is_one_sentence(self, saved, capsys):
-        (saved / "recipe.yaml").unlink()
+        (saved / "report.json").unlink()
         assert main(["push", str(saved), "us/toy"]) == 2
         error = capsys.readouterr().err
         assert error.startswith("timm-fsr push: error: ")
-        assert "lacks recipe.yaml" in error
+        assert "lacks report.json" in error
 
     @pytest.mark.parametrize("option", ["--license=mit", "--base-model=a/b", "--baseline={saved}"])
     def test_options_of_the_card_beside_a_card_are_not_ignored(self, saved, capsys, option):

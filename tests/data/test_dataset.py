@@ -52,6 +52,11 @@ class TestImageData:
         assert len(data.head(2)) == 2
         assert data.to("cpu").fingerprint == data.fingerprint
 
+    def test_it_prints_as_one_line(self):
+        data = make_data((2, 1), size=(3, 4, 5))
+        assert str(data) == f"{data.name}: 3 images of 3 x 4 x 5 pixels, 2 classes"
+        assert repr(data) == f"<ImageData: {data}>"
+
     def test_fingerprint_follows_pixels_labels_and_order(self):
         data = make_data((4, 3))
         flipped = ImageData(data.images, 1 - data.labels, data.classes, data.name)

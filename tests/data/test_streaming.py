@@ -83,6 +83,10 @@ class TestAgainstMemory:
         assert all(map(torch.equal, streamed.batch(indices), held.batch(indices)))
         assert streamed.subset(20) is streamed
 
+    def test_it_prints_as_one_line(self, folder):
+        data = stream_data(folder, size=8)
+        assert repr(data) == f"<StreamedData: {load_data(folder, size=8)}>"
+
     def test_same_training_batches(self, folder):
         place = {"batch_size": 5, "seed": 1, "epoch": 2, "augmentation": Augmentation(padding=2)}
         for start_step in (0, 3):

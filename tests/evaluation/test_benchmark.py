@@ -222,3 +222,20 @@ class TestAssess:
         else:
             with pytest.raises(ValueError, match="the same classes in the same order"):
                 check_classes(model, data)
+
+
+def test_a_model_that_answers_one_class_is_named_in_the_evidence_and_on_the_page(tmp_path):
+    pytest.importorskip("pyautoattack")
+    model = tiny_resnet(in_chans=1)
+    with torch.no_grad():
+        model.fc.weight *= 0.01
+        model.fc.bias[3] += 100
+    data = timm_fsr.load_data("fashion_mnist", "test", limit=120)
+    report = assess(model, data, tmp_path, attacks=["fgsm"], evidence_images=2)
+    said = f"the model does not work: it answers the class {data.classes[3]!r} for nearly all images"
+    assert report.notes[0].startswith(said)
+    assert report.evidence["findings"][0]["level"] == "warning"
+    assert report.evidence["findings"][0]["text"].startswith(said)
+    assert "Robust accuracy says nothing here: the model does not work" in (tmp_path / "report.html").read_text()
+    again = assess(model, data, tmp_path, attacks=["fgsm"], evidence_images=2)
+    assert again.to_dict() == report.to_dict(), "the warning is not added twice"

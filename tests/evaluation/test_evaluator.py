@@ -302,3 +302,24 @@ class TestRefusals:
     def test_an_attack_that_leaves_the_ball(self, suites):
         with pytest.raises(RuntimeError, match=r"'a' left \[0, 1\] or the linf ball of radius 0.1 \(reached 0.8"):
             evaluate(Brightness(), (grey(0.1, 0.9), torch.tensor([0, 1])), eps=0.1, attacks=[suites["a"]])
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_model_that_answers_one_class_is_named(constant):
+    """No attack changes its answer, so that its few right answers look robust."""
+
+    class Means(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            means = images.mean(dim=(1, 2, 3)) * self.weight
+            return torch.stack([0 * means + (9.0 if constant else 0.5), means], dim=1)
+
+    labels = torch.arange(120) % 2
+    pictures = (0.2 + 0.6 * labels.float())[:, None, None, None].expand(120, 3, 4, 4)
+    report = timm_fsr.evaluate(Means(), (pictures, labels), attacks=["fgsm"], eps=8 / 255)
+    assert report.accuracy == ({"clean": 0.5, "fgsm": 0.5} if constant else {"clean": 1.0, "fgsm": 1.0})
+    assert any(note.startswith("the model does not work: it answers the class 0") for note in report.notes) == constant
+    assert bool(report.collapsed) == constant

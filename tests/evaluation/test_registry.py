@@ -28,7 +28,7 @@ from timm_fsr.evaluation.registry import (
 )
 from timm_fsr.evaluation.suites import adaptive
 from timm_fsr.models.weights import model_digest
-from timm_fsr.reports.comparison import STRONG_ATTACKS
+from timm_fsr.reports.report import STRONG_ATTACKS
 
 pytest.importorskip("pyautoattack")
 

@@ -1,4 +1,4 @@
-"""Traps that hooks fall into silently: copies, wrappers, precision (also test_gradient_checkpointing.py and _graphs)."""
+"""Traps that hooks fall into silently: copies, wrappers, precision (others: test_gradient_checkpointing.py)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ def save(folder: Path, recipe: object = None, transfer: str = "other", **conditi
         seed=0,
         conditions=conditions,
     )
-    timm_fsr.save_pretrained(timm.create_model("resnet_tiny_cifar_fsr"), folder, report=report, recipe=RECIPE)
+    timm_fsr.save_pretrained(
+        timm.create_model("resnet_tiny_cifar_fsr"), folder, report=report, recipe=RECIPE, license="mit"
+    )
     if recipe is not None:
         (folder / "recipe.yaml").write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
     return folder

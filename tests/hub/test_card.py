@@ -71,7 +71,7 @@ def trained_by(recipe: dict[str, Any]) -> Report:
 def bundle(tmp_path: Path, found: Report | None = None, recipe: dict[str, Any] | None = None, **kwargs: Any) -> Bundle:
     name = kwargs.pop("name", "resnet_tiny_cifar_fsr")
     model = timm.create_model(name, **kwargs)
-    timm_fsr.save_pretrained(model, tmp_path, report=found or report(), recipe=recipe or RECIPE)
+    timm_fsr.save_pretrained(model, tmp_path, report=found or report(), recipe=recipe or RECIPE, license="apache-2.0")
     return read_bundle(tmp_path)
 
 
@@ -128,6 +128,25 @@ class TestText:
         assert "10.0 %" not in text, "one larger radius is enough"
         assert "37.5 % mean accuracy" in text
         assert "Note: beware." in text
+
+    def test_a_model_that_does_not_work_is_called_so(self, tmp_path):
+        labels = torch.arange(200) % 4
+        broken, works = (
+            report(correct={"clean": right, "autoattack": right}, stages={}, labels=labels, attacks={"autoattack": "x"})
+            for right in (labels == 1, torch.arange(200) < 150)
+        )
+        broken = dataclasses.replace(broken, notes=(broken.collapsed, "another"))
+        found = bundle(tmp_path / "a", broken)
+        text = render_card(found, REPO)
+        said = "the model does not work: it answers the class 1 for nearly all images"
+        assert f"**Robust accuracy says nothing here: {said}" in text
+        assert text.count(said) == 1
+        assert "Note: another." in text
+        check_card(text, found, REPO)
+        with pytest.raises(ValueError, match=r"the model's report says that the model does not work.*leave it out"):
+            render_card(found, REPO, CardOptions(baseline=works))
+        with pytest.raises(ValueError, match=r"the baseline's report says that the model does not work"):
+            render_card(bundle(tmp_path / "b", works), REPO, CardOptions(baseline=broken))
 
     def test_a_baseline_is_set_beside_it(self, tmp_path):
         correct = {"clean": flags("1110"), "pgd20": flags("0110"), "autoattack": flags("0110")}
@@ -273,6 +292,25 @@ class TestMetadata:
         assert shown is None or f"| started from | {shown} |" in text
         assert ModelCard(render_card(found, REPO, CardOptions(base_model="a/b"))).data.base_model == "a/b"
 
+    def test_what_was_loaded_counts_before_what_the_recipe_says(self, tmp_path):
+        """A network of timm with a fresh layer: its backbone is in no recipe's name."""
+        found = bundle(tmp_path, recipe={**RECIPE, "model": {"name": "resnet50_fsr", "pretrained": True}})
+        found.config["timm_fsr"]["origin"] = {"name": "timm/resnet50.a1_in1k", "hub_id": "timm/resnet50.a1_in1k"}
+        text = render_card(found, REPO)
+        assert ModelCard(text).data.base_model == "timm/resnet50.a1_in1k"
+        assert "| started from | timm/resnet50.a1_in1k |" in text
+        found.config["timm_fsr"]["origin"] = {"name": "resnet_tiny_cifar_fsr.x"}
+        assert ModelCard(render_card(found, REPO)).data.get("base_model") is None
+
+    def test_the_data_is_what_training_loaded_and_all_of_it(self, tmp_path):
+        conditions = {**CONDITIONS, "training_data": "uoft-cs/cifar100[train] without held-out (10 of 20, seed 0)"}
+        recipe = {**RECIPE, "data": {"source": "uoft-cs/cifar10", "extra_source": "/data/generated.npz"}}
+        text = render_card(bundle(tmp_path, report(conditions=conditions), recipe), REPO)
+        assert ModelCard(text).data.datasets == ["uoft-cs/cifar100"]
+        assert "trained on CIFAR-100" in text
+        assert "`uoft-cs/cifar100`) and generated.npz (see the data set's own page)." in text
+        assert "| further data | generated.npz |" in text
+
     def test_the_results_are_of_the_data_that_was_judged(self, tmp_path):
         judged = report(conditions={"data": "zalando/other[train] limited to 4"})
         text = render_card(bundle(tmp_path, judged), REPO)
@@ -299,8 +337,11 @@ class TestMetadata:
             render_card(bundle(tmp_path), REPO, CardOptions(license=license))
 
     def test_a_licence_is_needed(self, tmp_path):
-        found = bundle(tmp_path)
-        del found.config["pretrained_cfg"]["license"]
+        """Nobody has said it: the architecture's own is of other weights, and of none here."""
+        assert timm.get_pretrained_cfg("resnet_tiny_cifar").license == "apache-2.0"
+        model = timm.create_model("resnet_tiny_cifar_fsr")
+        found = read_bundle(timm_fsr.save_pretrained(model, tmp_path, report=report(), recipe=RECIPE))
+        assert "license" not in found.config["pretrained_cfg"]
         with pytest.raises(ValueError, match="names no licence; give one"):
             render_card(found, REPO)
         assert "license: mit" in render_card(found, REPO, CardOptions(license="mit"))

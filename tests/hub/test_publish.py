@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.hub_tools import FILES, RECIPE, Client, logits, network, report_on,
 
 import timm_fsr
 from timm_fsr.hub.publish import collect
+from timm_fsr.training.recipe import Recipe
 
 CARDS = Path(__file__).parents[2] / "hub_cards"
 
@@ -46,6 +48,52 @@ class TestPush:
         files = hub.repos[repo].commits[-1].files
         assert files["model.safetensors"] == (saved / "model.safetensors").read_bytes()
         assert "license: mit" in files["README.md"].decode()
+
+    @pytest.mark.parametrize(
+        ("recipe", "shown", "stored"),
+        [
+            (None, "**The training is not documented**: no recipe came with the weights.", None),
+            ("  Ten epochs of AT.\nBy hand. ", "| description | Ten epochs of AT. By hand. |", "description: "),
+            ({"lr": 0.1, "model": "a | b"}, "| model | a \\| b |", "lr: 0.1\n"),
+        ],
+    )
+    def test_a_model_that_other_code_trained(self, hub, client, repo, saved, recipe, shown, stored):
+        """Its author may say how, in a text or keys and values; the card never promises that it can be repeated."""
+        client.do("push", str(saved), repo)
+        assert "recipe.yaml" in hub.repos[repo].commits[-1].files
+        client.do("push_model", str(saved), repo, recipe=recipe, license="mit")
+        files = hub.repos[repo].commits[-1].files
+        card = files["README.md"].decode()
+        assert "whose training is not documented" in card
+        assert "The training is not documented" in card
+        assert shown in card
+        assert "timm-fsr train --config" not in card
+        assert "Training images: not documented." in card
+        assert "unnamed" not in card
+        assert "datasets:" not in card
+        assert ("recipe.yaml" in files) == (stored is not None), "the recipe of the model before is not this one's"
+        assert stored is None or stored in files["recipe.yaml"].decode()
+        assert client.do("push_model", str(saved), repo, recipe=recipe, license="mit")["changed"] is False
+        assert client.do("load", repo) == logits(network())
+
+    def test_a_pull_request_without_a_recipe_is_found_again(self, hub, client, repo, saved):
+        client.do("push", str(saved), repo)
+        first = client.do("push_model", str(saved), repo, license="mit", create_pr=True)
+        assert "recipe.yaml" not in hub.repos[repo].pull_requests[1][-1].files
+        assert client.do("push_model", str(saved), repo, license="mit", create_pr=True) == {**first, "changed": False}
+
+    def test_a_recipe_of_ours_is_a_recipe(self, tmp_path):
+        recipe = Recipe.load(overrides=["--output=/home/joe/runs/x", "--model.layer=fsr"])
+        model = network()
+        folder = timm_fsr.save_pretrained(model, tmp_path, report=report_on(model), recipe=recipe, license="mit")
+        files = collect(folder, "us/toy")
+        card = files["README.md"].decode()
+        assert "`timm-fsr train --config recipe.yaml` repeats it" in card
+        assert "trained on Fashion-MNIST" in card
+        assert b"joe" not in files["recipe.yaml"]
+        (folder / "recipe.yaml").write_bytes(files["recipe.yaml"])
+        again = Recipe.load(folder / "recipe.yaml")
+        assert again == dataclasses.replace(recipe, output=again.output)
 
     def test_the_same_again_makes_no_commit(self, hub, client, repo, saved):
         first = client.do("push", str(saved), repo)
@@ -250,7 +298,7 @@ class TestTrouble:
 class TestBundle:
     """What is missing or wrong is found before anything is sent; here the Hub is even out of reach."""
 
-    @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "report.json", "recipe.yaml"])
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "report.json"])
     def test_a_missing_part(self, saved, name):
         (saved / name).unlink()
         with pytest.raises(FileNotFoundError, match=rf"lacks {name}; a published model has"):
@@ -307,11 +355,6 @@ class TestBundle:
         (saved / "README.md").write_bytes(collect(saved, "owner/name")["README.md"].replace(b"75.0\n", b"95.0\n"))
         with pytest.raises(ValueError, match="the card is of another evaluation"):
             timm_fsr.push_to_hub(saved, "owner/name")
-
-    def test_a_model_without_a_recipe(self):
-        model = network()
-        with pytest.raises(FileNotFoundError, match=r"lacks recipe\.yaml"):
-            timm_fsr.push_to_hub(model, "owner/name", report=report_on(model))
 
     def test_a_model_without_a_report(self):
         with pytest.raises(ValueError, match=r"needs the report of its evaluation; give report="):

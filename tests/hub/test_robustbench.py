@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import timm_fsr.hub.robustbench
 from timm_fsr.hub.robustbench import model_info, register_alias, save_model_info
 from timm_fsr.models.pixel import PixelModel, as_pixel_model, base_model
+from timm_fsr.models.pretrained import list_pretrained
 from timm_fsr.models.saving import save_pretrained
 from timm_fsr.reports.report import Report
 
@@ -32,12 +33,17 @@ ABOUT = {
 }
 
 
+IMAGENET = {"data": "ILSVRC/imagenet-1k[validation] limited to 5000", "image_size": [3, 224, 224]}
+AIRPLANE_TO_TRUCK = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
 @pytest.fixture
 def report() -> Report:
-    """Seven images, six of them right and four under AutoAttack."""
-    outcomes = {"clean": "1111110", "pgd20": "1111100", "autoattack": "1111000"}
+    """CIFAR-10's test images, 8,571 of them right and 5,714 under AutoAttack."""
+    outcomes = {"clean": 8_571, "pgd20": 7_143, "autoattack": 5_714}
     return Report(
-        correct={name: torch.tensor([flag == "1" for flag in flags]) for name, flags in outcomes.items()},
+        correct={name: torch.arange(10_000) < right for name, right in outcomes.items()},
+        conditions={"data": "uoft-cs/cifar10[test]", "image_size": [3, 32, 32]},
         attacks={"pgd20": "PGD(...)", "autoattack": "standard"},
         norm="linf",
         eps=8 / 255,
@@ -77,7 +83,16 @@ class TestModelInfo:
         [("cifar10", "l2", 0.5, "0.5"), ("imagenet", "linf", 4 / 255, "4/255"), ("cifar100", "linf", 8 / 255, "8/255")],
     )
     def test_the_radius_is_written_as_there(self, report, dataset, norm, eps, text):
-        assert model_info(replace(report, norm=norm, eps=eps), **{**ABOUT, "dataset": dataset})["eps"] == text
+        images = {"cifar10": {}, "cifar100": {"data": "x/cifar100_folder[test]"}, "imagenet": IMAGENET}[dataset]
+        count = 5_000 if dataset == "imagenet" else 10_000
+        found = replace(
+            report,
+            norm=norm,
+            eps=eps,
+            correct={name: flags[:count] for name, flags in report.correct.items()},
+            conditions={**report.conditions, **images},
+        )
+        assert model_info(found, **{**ABOUT, "dataset": dataset})["eps"] == text
 
     @pytest.mark.parametrize(
         ("changes", "arguments", "message"),
@@ -91,7 +106,11 @@ class TestModelInfo:
             ({"norm": "l1"}, {}, "norm='l1'"),
             ({"eps": 4 / 255}, {}, r"about Linf 4/255, but RobustBench ranks cifar10 in linf by eps 8/255"),
             ({"norm": "l2", "eps": 1.0}, {}, r"ranks cifar10 in l2 by eps 0\.5; evaluate with that"),
-            ({}, {"dataset": "imagenet"}, "ranks imagenet in linf by eps 4/255"),
+            (
+                {},
+                {"dataset": "imagenet"},
+                r"about uoft-cs/cifar10\[test\], which is CIFAR-10, but RobustBench ranks imagenet",
+            ),
             ({}, {"dataset": "cifar-10"}, "did you mean 'cifar10'"),
             ({}, {"reported": 56.5}, "give it in .0, 1."),
             ({}, {"number_forward_passes": 0}, "number_forward_passes=0"),
@@ -101,8 +120,87 @@ class TestModelInfo:
         with pytest.raises(ValueError, match=message):
             model_info(replace(report, **changes), **{**ABOUT, **arguments})
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"data": "fashion_mnist[test]"},
+                r"calls its images 'fashion_mnist\[test\]', which does not say that they are",
+            ),
+            (
+                {"data": "fashion-mnist[test] limited to 2000"},
+                "does not say that they are CIFAR-10.*--data uoft-cs/cifar10",
+            ),
+            ({"data": ""}, "calls its images 'nothing'"),
+            ({"data": "uoft-cs/cifar100[test]"}, "which is CIFAR-100, but RobustBench ranks cifar10 by 10,000 images"),
+            ({"data": "x/cifar10.1[test]"}, "does not say that they are CIFAR-10"),
+            ({"data": "x/CIFAR-10-C[test]"}, "does not say that they are CIFAR-10"),
+            ({"classes": ["T-shirt/top"] + ["Bag"] * 9}, "has the classes T-shirt/top, Bag, Bag, ..., but RobustBench"),
+            ({"classes": ["0", "1"]}, "has 2 classes, not 10"),
+            ({"data": "uoft-cs/cifar10[train]"}, "about the split 'train', but .* its test split"),
+            ({"data": "uoft-cs/cifar10[test] held-out (5 of 10, seed 0)"}, "does not say that"),
+            (
+                {"image_size": [1, 28, 28]},
+                "about images of 1 x 28 x 28, but RobustBench's of CIFAR-10 have 3 x 32 x 32",
+            ),
+            ({"image_size": [3, 64, 64]}, "images of 3 x 64 x 64"),
+            ({"image_size": None}, "does not say how large its images are.*evaluate again"),
+        ],
+    )
+    def test_reports_on_other_images(self, report, changes, message):
+        with pytest.raises(ValueError, match=message):
+            model_info(replace(report, conditions={**report.conditions, **changes}), **ABOUT)
+
+    def test_a_model_that_does_not_work(self, report):
+        labels = torch.arange(10_000) % 10
+        found = replace(report, labels=labels, correct=dict.fromkeys(report.correct, labels == 3))
+        with pytest.raises(
+            ValueError, match=r"it answers the class 3 for nearly all images .* a ranking of it would mean"
+        ):
+            model_info(found, **ABOUT)
+
+    def test_a_part_of_the_images(self, report):
+        part = {name: flags[:1_000] for name, flags in report.correct.items()}
+        with pytest.raises(ValueError, match="about 1,000 images, but RobustBench ranks cifar10 by 10,000"):
+            model_info(replace(report, correct=part), **ABOUT)
+
+    def test_the_embedded_checkpoints_report_is_no_row_of_cifar10(self):
+        entry = next(entry for entry in list_pretrained() if entry.name.endswith(".at_fashion_mnist"))
+        found = replace(Report.load(entry.folder), eps=8 / 255)
+        with pytest.raises(
+            ValueError, match=r"the classes T-shirt/top, Trouser, Pullover, \.\.\., but RobustBench ranks cifar10"
+        ):
+            model_info(found, **ABOUT)
+
+    @pytest.mark.parametrize("dataset", ["cifar100", "imagenet"])
+    def test_a_norm_that_is_not_ranked(self, report, dataset):
+        images = {"cifar100": {"data": "cifar100[test]"}, "imagenet": IMAGENET}[dataset]
+        count = 5_000 if dataset == "imagenet" else 10_000
+        part = {name: flags[:count] for name, flags in report.correct.items()}
+        found = replace(report, norm="l2", eps=0.5, correct=part, conditions={**report.conditions, **images})
+        with pytest.raises(ValueError, match=f"RobustBench has no l2 ranking of {dataset}"):
+            model_info(found, **{**ABOUT, "dataset": dataset})
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"data": "/home/x/cifar10_folder[test]"},
+            {"data": "data/CIFAR-10/test.parquet[test]"},
+            {"data": "pictures[test]", "classes": AIRPLANE_TO_TRUCK},
+            {"data": "pictures[test]", "classes": ["plane", "car", *AIRPLANE_TO_TRUCK[2:]]},
+            {"classes": [str(index) for index in range(10)]},
+        ],
+    )
+    def test_ways_to_name_the_images(self, report, changes):
+        assert model_info(replace(report, conditions={**report.conditions, **changes}), **ABOUT)
+
+    def test_an_evaluation_notes_the_size_of_its_images(self):
+        pictures, labels = images(), torch.zeros(4, dtype=torch.int64)
+        found = timm_fsr.evaluate(tiny(), (pictures, labels), attacks=["fgsm"])
+        assert found.conditions["image_size"] == [3, 32, 32]
+
     def test_a_standard_autoattack_may_say_so(self, report):
-        assert model_info(replace(report, conditions={"autoattack_nonstandard": ""}), **ABOUT)
+        assert model_info(replace(report, conditions={**report.conditions, "autoattack_nonstandard": ""}), **ABOUT)
 
     def test_the_file_is_written_as_robustbench_does(self, report, tmp_path):
         info = model_info(report, **ABOUT, footnote="Ünïcode.")
@@ -205,7 +303,7 @@ class TestRegisterAlias:
         [("cifar100", "L2", "_cifar100_l2"), ("imagenet", "corruptions", "_imagenet_corruptions")],
     )
     def test_names_are_those_that_robustbench_looks_for(self, tmp_path, dataset, threat, end):
-        save_pretrained(tiny(), tmp_path)
+        save_pretrained(tiny(num_classes={"cifar100": 100, "imagenet": 1000}[dataset]), tmp_path)
         assert self.register(tmp_path, dataset=dataset, threat=threat) == "kim2023feature_tiny_net" + end
 
     def test_twice_is_once(self, tmp_path):
@@ -242,6 +340,49 @@ class TestRegisterAlias:
         save_pretrained(tiny(), tmp_path)
         with pytest.raises(ValueError, match=message):
             self.register(**{"source": tmp_path, **changes})
+
+    @pytest.mark.parametrize(
+        ("model", "conditions", "changes", "message"),
+        [
+            ({"num_classes": 4}, None, {}, "the checkpoint has 4 classes, CIFAR-10 has 10"),
+            ({}, None, {"dataset": "cifar100"}, "the checkpoint has 10 classes, CIFAR-100 has 100"),
+            ({"in_chans": 1}, None, {}, "takes images of 1 x 32 x 32, but RobustBench's of CIFAR-10 have 3 x 32 x 32"),
+            ({}, {"data": "fashion_mnist[test]", "classes": ["Bag"] * 10}, {}, "has the classes Bag, Bag, Bag"),
+            (
+                {"num_classes": 100},
+                {"data": "cifar10[test]"},
+                {"dataset": "cifar100"},
+                "which is CIFAR-10, so it is no",
+            ),
+            (
+                {},
+                {"data": "cifar10[test]"},
+                {"threat": "L2"},
+                "own report is about Linf 8/255, not L2, so it is no L2 model",
+            ),
+            ({}, {"data": "cifar10[test] limited to 10"}, {}, None),
+            ({}, {"data": "cifar10[test]"}, {"threat": "corruptions"}, None),
+        ],
+    )
+    def test_a_checkpoint_for_something_else(self, tmp_path, report, model, conditions, changes, message):
+        own = None if conditions is None else replace(report, conditions=conditions)
+        network = tiny(**model)
+        network.pretrained_cfg["input_size"] = (model.get("in_chans", 3), 32, 32)
+        save_pretrained(network, tmp_path, report=own)
+        if message is None:
+            assert self.register(tmp_path, **changes)
+            return
+        with pytest.raises(ValueError, match=message):
+            self.register(tmp_path, **changes)
+
+    def test_the_embedded_checkpoint_is_no_model_of_cifar10(self):
+        with pytest.raises(ValueError, match="takes images of 1 x 28 x 28"):
+            self.register("resnet_tiny_cifar_fsr.at_fashion_mnist")
+
+    def test_an_architecture_for_something_else_is_found_when_it_is_built(self):
+        alias = self.register("resnet_tiny_cifar", dataset="cifar100")
+        with pytest.raises(ValueError, match="the checkpoint has 10 classes, CIFAR-100 has 100"):
+            timm.create_model(alias)
 
     def test_a_folder_that_is_not_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no folder"):

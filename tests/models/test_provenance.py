@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from support.tiny import tiny_resnet, with_fsr
 
 from timm_fsr.models import saving as provenance
 from timm_fsr.models.pretrained import list_pretrained
-from timm_fsr.models.saving import save_pretrained, training_report, weights_digest
+from timm_fsr.models.saving import load, save_pretrained, training_report, weights_digest
 from timm_fsr.reports.report import Report
 
 RULE = "best PGD-10 accuracy on held-out"
@@ -85,3 +87,61 @@ def test_a_damaged_report(model, tmp_path):
     (folder / "report.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         training_report(str(folder), model)
+
+
+def record(folder: Path) -> tuple[str | None, dict[str, str] | None, str | None]:
+    """The licence and origin that a saved model notes, and the licence that timm reads."""
+    config = json.loads((folder / "config.json").read_text())
+    return config["timm_fsr"].get("license"), config["timm_fsr"].get("origin"), config["pretrained_cfg"].get("license")
+
+
+class TestOrigin:
+    """A licence is that of weights; an architecture has none to give."""
+
+    TAG = "resnet_tiny_cifar_fsr.at_fashion_mnist"
+
+    @pytest.mark.parametrize("name", ["resnet_tiny_cifar_fsr", "resnet_tiny_cifar"])
+    def test_fresh_weights_have_no_licence_and_no_origin(self, tmp_path, name):
+        assert timm.get_pretrained_cfg("resnet_tiny_cifar").license == "apache-2.0"
+        assert record(save_pretrained(timm.create_model(name), tmp_path / "timms")) == (None, None, None)
+        assert record(save_pretrained(load(name), tmp_path / "ours")) == (None, None, None)
+
+    def test_a_licence_that_was_given_stays(self, tmp_path):
+        folder = save_pretrained(tiny_resnet(), tmp_path / "one", license="cc-by-4.0")
+        assert record(folder) == ("cc-by-4.0", None, "cc-by-4.0")
+        assert record(save_pretrained(load(str(folder)), tmp_path / "two")) == ("cc-by-4.0", None, "cc-by-4.0")
+        assert record(save_pretrained(load(str(folder)), tmp_path / "three", license="mit"))[0] == "mit"
+
+    def test_a_fine_tuned_model_has_those_of_what_was_loaded(self, tmp_path):
+        expected = ("apache-2.0", {"name": self.TAG}, "apache-2.0")
+        tuned = load(self.TAG, num_classes=3)
+        folder = save_pretrained(copy.deepcopy(tuned), tmp_path / "one")
+        assert record(folder) == expected
+        again = save_pretrained(load(str(folder)), tmp_path / "two")
+        assert record(again) == expected, "the same model in a folder"
+
+    def test_weights_that_were_not_loaded_give_none(self, tmp_path):
+        source = save_pretrained(tiny_resnet(), tmp_path / "source", license="mit")
+        without = load(str(source), pretrained=False)
+        assert record(save_pretrained(without, tmp_path / "one")) == (None, None, None)
+        architecture = load(self.TAG, pretrained=False)
+        assert record(save_pretrained(architecture, tmp_path / "two")) == (None, None, None)
+        file = load("resnet_tiny_cifar", checkpoint_path=str(source / "model.safetensors"))
+        assert record(save_pretrained(file, tmp_path / "three")) == (None, None, None)
+
+    @pytest.mark.parametrize(
+        ("arguments", "loaded"),
+        [
+            ({"pretrained": True}, True),
+            ({"pretrained_backbone": True}, True),
+            ({"pretrained": False}, False),
+            ({}, False),
+        ],
+    )
+    def test_weights_of_timm(self, tmp_path, monkeypatch, arguments, loaded):
+        model = tiny_resnet()
+        model.pretrained_cfg |= {"hf_hub_id": "timm/toy.a1_in1k", "license": "cc-by-nc-4.0"}
+        monkeypatch.setattr(provenance, "_create", lambda *_: model)
+        expected = ("cc-by-nc-4.0", {"name": "timm/toy.a1_in1k", "hub_id": "timm/toy.a1_in1k"}, "cc-by-nc-4.0")
+        found = record(save_pretrained(load("resnet_tiny_cifar", **arguments), tmp_path))
+        assert found == (expected if loaded else (None, None, None))

@@ -186,6 +186,19 @@ class TestSaving:
         save_pretrained(variant(), tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == FILES, "a recipe of other weights stayed"
 
+    @pytest.mark.parametrize(
+        ("recipe", "message"),
+        [
+            (3, "recipe is int; give a timm_fsr.Recipe, keys and values, a text, or None"),
+            ("runs/x/recipe.yaml", r"is the name of a file; give what it holds, by timm_fsr\.Recipe\.load"),
+            ({"lr": torch.tensor(1.0)}, "holds a value that is not plain"),
+        ],
+    )
+    def test_what_is_no_recipe(self, tmp_path, recipe, message):
+        with pytest.raises(ValueError, match=message):
+            save_pretrained(variant(), tmp_path / "new", recipe=recipe)
+        assert not (tmp_path / "new").exists()
+
     def test_a_card_of_other_weights_goes_and_other_texts_stay(self, saved):
         for text, stays in (("---\nlibrary_name: timm\n---\n# A card\n", False), ("# What this folder is\n", True)):
             (saved / "README.md").write_text(text)

@@ -205,6 +205,46 @@ def test_the_tables_of_the_documents_are_those_of_the_measured_figures(path):
     assert summary(rows) in (PAGES.parent / "layers.md").read_text()
 
 
+def test_a_model_that_does_not_work_is_ranked_last():
+    """It answers one class for all images, so that no attack breaks any of the few that it gets right."""
+    labels = torch.arange(200) % 2
+    plain, fsr, other = Entry("at", "own", 0), Entry("fsr", "own", 0), Entry("cas", "own", 0)
+    outcomes = {plain: torch.arange(200) < 20, fsr: labels == 1, other: torch.arange(200) < 30}
+    reports = {
+        entry: Report(
+            correct={
+                "clean": robust | (labels == 1) | ((torch.arange(200) < 150) & (entry != fsr)),
+                "autoattack": robust,
+            },
+            attacks={},
+            norm="linf",
+            eps=0.1,
+            seed=0,
+            labels=labels,
+        )
+        for entry, robust in outcomes.items()
+    }
+    assert [bool(reports[entry].collapsed) for entry in outcomes] == [False, True, False]
+    assert pair(fsr, "at", reports) is None
+    assert pair(other, "at", reports) == {"gained": 10, "lost": 0, "beyond_chance": True}
+    rows: list[Any] = [
+        {
+            **dataclasses.asdict(entry),
+            "parameters": 1,
+            "training_seconds": 1.0,
+            "images": 200,
+            "collapsed": report.collapsed,
+            "accuracy": {**report.accuracy, "worst_case": report.worst_case},
+            "interval_95": list(report.interval("worst_case")),
+            "against": {"at": pair(entry, "at", reports)},
+        }
+        for entry, report in reports.items()
+    ]
+    methods = [line.split(" | ")[0].strip("| ") for line in summary(rows).splitlines()[2:]]
+    assert methods == ["cas", "at", "fsr (does not work)"]
+    assert "| fsr (does not work) |" in table(rows)
+
+
 class TestTimeLimit:
     """A training stops with what it has saved, an evaluation with its outcomes; the same command goes on."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -200,6 +202,7 @@ class TestOneModel:
     @pytest.mark.parametrize(("name", "warned"), [("fgsm", True), ("autoattack", False), ("adaptive", False)])
     def test_weak_attacks_are_called_an_upper_bound(self, name, warned):
         weak = report(correct={"clean": flags("11"), name: flags("10")}, attacks={name: "x"}, labels=None)
+        assert ("is an upper bound: FGSM only; AutoAttack" in render_page([Entry("m", weak)])) == (name == "fgsm")
         assert ("is an upper bound" in render_page([Entry("m", weak)])) == warned
 
     def test_names_are_escaped(self):
@@ -278,3 +281,38 @@ class TestSideBySide:
         lines = [chart.count("stroke-width: 2.5") for chart in charts]
         assert lines[:3] == [4, 4, 4], "two in the chart, two in the legend"
         assert lines.count(1) == 2 * 3, "each on its own"
+
+
+class TestCollapse:
+    """A model that always answers the same keeps all of its few right answers under attack: that is no robustness."""
+
+    def entry(self, title: str, right: torch.Tensor) -> Entry:
+        outcomes = {"clean": right, "autoattack": right}
+        labels = torch.arange(200) % 2
+        conditions = {"data_fingerprint": "abc", "classes": ["cat", "dog"]}
+        found = report(correct=outcomes, labels=labels, attacks={"autoattack": "x"}, conditions=conditions)
+        notes = ("a note", *filter(None, [found.collapsed]))
+        return Entry(title, dataclasses.replace(found, notes=notes))
+
+    def test_it_stands_at_the_top_once(self):
+        text = html.unescape(words(render_page([self.entry("m", torch.arange(200) % 2 == 0)])))
+        said = "the model does not work: it answers the class 'cat' for nearly all images"
+        assert text.count(f"Robust accuracy says nothing here: {said}") == 1
+        assert text.count(said) == 1
+        assert text.index(said) < text.index("a note")
+
+    @pytest.mark.parametrize("collapsed_first", [True, False])
+    def test_it_is_ranked_against_nothing(self, collapsed_first):
+        works = torch.arange(200) < 120
+        pair = [self.entry("collapsed", torch.arange(200) % 2 == 0), self.entry("works", works)]
+        page = render_page(pair if collapsed_first else pair[::-1])
+        text = words(page)
+        assert "collapsed: the model does not work" in text
+        assert "are not compared: collapsed cannot classify" in text
+        assert "McNemar" not in text
+        assert '<span class="points">' not in page
+
+    def test_two_that_work_are_compared(self):
+        page = render_page([self.entry(name, torch.arange(200) < right) for name, right in (("a", 120), ("b", 150))])
+        assert "McNemar" in page
+        assert page.count('<span class="points">') == 3

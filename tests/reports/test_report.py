@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -85,8 +86,55 @@ class TestCounting:
 
     def test_the_summary_names_everything(self, report):
         assert report.summary() == (
-            "clean 85.71 %, fgsm 42.86 %, pgd20 42.86 %, worst case 28.57 % (Linf 8/255, 7 images)"
+            "clean 85.71 %, fgsm 42.86 %, pgd20 42.86 %, worst case 28.57 % (Linf 8/255, 7 images); "
+            "upper bound: FGSM and PGD-20 only; AutoAttack and adaptive attacks usually lower it"
         )
+
+    @pytest.mark.parametrize(
+        ("attacks", "said"),
+        [
+            (["fgsm", "pgd20", "pgd100x5"], "FGSM, PGD-20 and PGD-100 with 5 restarts only"),
+            (["cw30"], "C&W-30 only"),
+            (["mine", "square"], "mine and square only"),
+            (["fgsm", "official-ensemble"], "FGSM only"),
+            ([], "no attack was run"),
+            (["fgsm", "autoattack"], ""),
+            (["adaptive"], ""),
+            (["rand"], ""),
+        ],
+    )
+    def test_weak_attacks_alone_give_an_upper_bound(self, report, attacks, said):
+        correct = dict.fromkeys(["clean", *attacks], torch.tensor([True, False]))
+        found = dataclasses.replace(report, correct=correct, attacks=dict.fromkeys(attacks, "..."), labels=None)
+        expected = f"upper bound: {said}; AutoAttack and adaptive attacks usually lower it" if said else ""
+        assert found.upper_bound == expected
+        assert found.summary().endswith(expected or "images)")
+
+
+class TestCollapse:
+    def report(self, clean: torch.Tensor, **changes: object) -> Report:
+        values = {"conditions": {"classes": ["ant", "bee"]}, "labels": torch.arange(200) % 2}
+        return Report(
+            correct={"clean": clean, "autoattack": clean},
+            attacks={},
+            norm="linf",
+            eps=0.1,
+            seed=0,
+            **{**values, **changes},
+        )
+
+    def test_it_is_found_in_the_outcomes(self):
+        """Also in those of a report that was written before it was looked for."""
+        found = self.report(torch.arange(200) % 2 == 0)
+        assert found.collapsed.startswith("the model does not work: it answers the class 'ant' for nearly all images")
+        assert found.collapsed in found.summary()
+        assert Report.from_dict(found.to_dict()).collapsed == found.collapsed
+        assert self.report(torch.arange(200) % 2 == 0, labels=None).collapsed == ""
+
+    def test_a_model_that_works_is_not_named(self):
+        found = self.report(torch.arange(200) < 150)
+        assert found.collapsed == ""
+        assert found.summary().endswith("images)")
 
 
 class TestReadingBack:
@@ -96,6 +144,18 @@ class TestReadingBack:
         assert again.to_dict() == report.to_dict()
         assert {name: flags.dtype for name, flags in again.correct.items()} == dict.fromkeys(report.correct, torch.bool)
         assert (again.norm, again.eps, again.seed, again.conditions) == ("linf", 8 / 255, 3, report.conditions)
+
+    def test_a_folder_is_read_as_the_command_reads_it(self, report, tmp_path):
+        report.save(tmp_path / "report.json")
+        assert Report.load(tmp_path).to_dict() == Report.load(tmp_path / "report.json").to_dict()
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"empty holds no report\.json; give the folder of an evaluation"):
+            Report.load(tmp_path / "empty")
+
+    def test_it_prints_as_one_line(self, report):
+        assert str(report) == f"tiny on ünïcode: {report.summary()}"
+        assert repr(report) == f"<Report: {report}>"
+        assert str(dataclasses.replace(report, conditions={})).startswith("a model on unnamed images: clean 85.71 %")
 
     def test_the_file_shows_the_numbers(self, report, tmp_path):
         report.save(tmp_path / "report.json")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from timm_fsr.reports.statistics import calibration, per_class_accuracy
+from timm_fsr.reports.statistics import FEWEST_IMAGES, calibration, collapse, per_class_accuracy
 
 NAN, INF = float("nan"), float("inf")
 
@@ -140,3 +140,40 @@ class TestPerClassAccuracy:
     def test_refusals(self, correct, labels, message):
         with pytest.raises(ValueError, match=message):
             per_class_accuracy(correct, labels, 2)
+
+
+class TestCollapse:
+    @pytest.mark.parametrize(
+        ("right", "total", "said"),
+        [
+            ([0, 100, 0, 0], [100] * 4, "for nearly all images (100.0 % of that class are right, 0.0 % of all others)"),
+            (
+                [3, 98, 5, 2],
+                [100] * 4,
+                "it answers the class 'b' for nearly all images (98.0 % of that class are right",
+            ),
+            ([9_000, 20], [9_000, 1_000], "the class 'a'"),  # its accuracy is 90 %
+            ([25, 26, 24, 27], [100] * 4, "its clean accuracy of 25.5 % is no better than guessing among 4 classes"),
+            ([0, 0, 0, 0], [100] * 4, "no better than guessing"),
+            ([0, 0, 30, 0], [0, 0, 60, 60], "no better than guessing among 2 classes"),
+            ([60, 60, 60, 60], [100] * 4, ""),
+            ([0, 100, 8, 8], [100] * 4, "no better than guessing"),  # 29 % of 400, and 5.3 % of the others
+            ([0, 1_000, 100, 100], [1_000] * 4, ""),  # 30 % of 4,000 is more than chance
+            ([9_000, 300], [9_000, 1_000], ""),
+            ([0, 10, 0, 0], [10] * 4, ""),  # too few
+            ([200], [200], ""),
+            ([0, 0, 200], [0, 0, 200], ""),  # of one class alone, nobody can tell
+        ],
+    )
+    def test_what_is_said(self, right, total, said):
+        found = collapse(right, total, "abcd")
+        assert said in found
+        assert bool(found) == bool(said)
+
+    def test_a_class_without_a_name_has_its_number(self):
+        assert "the class 1 for" in collapse([0, 100], [100, 100])
+
+    def test_the_fewest_images_count(self):
+        half = FEWEST_IMAGES // 2
+        assert collapse([half, 0], [half, half])
+        assert not collapse([half - 1, 0], [half - 1, half])

@@ -82,7 +82,8 @@ def report_on(network: torch.nn.Module, **conditions: Any) -> Report:
 
 def save(folder: Path, seed: int = 0, **conditions: Any) -> Path:
     model = network(seed)
-    return timm_fsr.save_pretrained(model, folder, report=report_on(model, **conditions), recipe=RECIPE)
+    report = report_on(model, **conditions)
+    return timm_fsr.save_pretrained(model, folder, report=report, recipe=RECIPE, license="apache-2.0")
 
 
 def logits(model: torch.nn.Module) -> list[float]:

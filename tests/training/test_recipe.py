@@ -15,6 +15,7 @@ from support.tiny import label_scale_registered
 from timm_fsr.attacks.pgd import PGD
 from timm_fsr.cli.demo import quickstart_recipe
 from timm_fsr.models.saving import save_pretrained
+from timm_fsr.reports.comparison import RECIPE_KEYS
 from timm_fsr.training.objectives.at import AT
 from timm_fsr.training.objectives.natural import Natural
 from timm_fsr.training.objectives.trades import TRADES
@@ -28,6 +29,7 @@ from timm_fsr.training.options import (
     OptimOptions,
 )
 from timm_fsr.training.recipe import Recipe, parse_arguments
+from timm_fsr.training.trainer import train
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -298,6 +300,39 @@ class TestYAML:
             return names
 
         assert unchanged(self.CHANGED, Recipe()) == []
+
+
+class TestFromValues:
+    def test_keys_and_values_are_what_yaml_and_flags_are(self):
+        values = {"seed": 3, "attack": {"eps": "8/255"}, "model": {"layer_args": {"fsr": {"hidden": 4}}}}
+        flags = ["--seed=3", "--attack.eps=8/255", "--model.layer_args.fsr.hidden=4"]
+        assert Recipe.from_dict(values) == Recipe.load(overrides=flags)
+        whole = yaml.safe_load(Recipe.load(overrides=flags).to_yaml())
+        assert Recipe.from_dict(whole) == Recipe.load(overrides=flags)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"optim": {"epoch": 1}}, r"unknown recipe key 'optim\.epoch'; did you mean 'optim\.epochs'"),
+            ({"seed": "x"}, "seed"),
+            ({"optim": 3}, "'optim' holds 3; write keys and values"),
+            ({"seed": None}, "'seed' is null"),
+        ],
+    )
+    def test_mistakes(self, values, message):
+        with pytest.raises(ValueError, match=message):
+            Recipe.from_dict(values)
+        with pytest.raises(ValueError, match=message):
+            train(values)
+
+    def test_the_keys_of_a_recipe_are_known_to_those_who_only_read_it(self):
+        """To tell a recipe from notes on a training by other code."""
+        assert {field.name for field in dataclasses.fields(Recipe)} == RECIPE_KEYS
+
+    def test_it_prints_as_one_line(self):
+        assert str(Recipe.load(overrides=["--attack.eps=8/255", "--model.layer=null", "--output=x"])) == (
+            "resnet_tiny_cifar on fashion_mnist by at against pgd (linf 8/255), 100 epochs, seed 0, in x"
+        )
 
 
 class TestBuilding:

@@ -216,3 +216,24 @@ class TestPatience:
                 train(tiny(tmp_path, *flags))
         train(tiny(tmp_path, *flags, "--resume=true"))
         assert len(metrics(tmp_path)) == len(seen) == 3
+
+
+@pytest.mark.parametrize("held_out", [200, 20])
+def test_a_model_that_answers_one_class_is_named_in_training(tmp_path, monkeypatch, capsys, held_out):
+    """Of few held-out images nothing can be said."""
+    validate = Trainer.validate
+
+    def collapsed(trainer: Trainer) -> dict[str, float]:
+        model: Any = trainer.judged
+        with torch.no_grad():
+            model.fc.bias[2] += 1000
+        return validate(trainer)
+
+    monkeypatch.setattr(Trainer, "validate", collapsed)
+    flags = [f"--data.held_out={held_out}", f"--data.limit_train={held_out + 32}", "--optim.epochs=1"]
+    train(tiny(tmp_path, *WITHOUT_REPORT, *flags))
+    name = "Pullover"
+    said = (
+        f"warning: validation in epoch 1: the model does not work: it answers the class '{name}' for nearly all images"
+    )
+    assert (said in " ".join(capsys.readouterr().out.split())) == (held_out == 200)

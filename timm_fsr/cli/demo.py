@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from timm_fsr.attacks.base import Attack
+from timm_fsr.cli.help import HelpFormatter
 from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.examples import attack_picture
 from timm_fsr.models.pixel import as_pixel_model
@@ -104,6 +105,9 @@ def comparison_table(reports: dict[str, Report], seconds: dict[str, float]) -> T
 
 def verdict(with_layer: Report, without: Report) -> str:
     """What the numbers say about FSR, in a sentence, judged by the images on which the two models differ."""
+    for name, report in (("with", with_layer), ("without", without)):
+        if report.collapsed:
+            return f"The network {name} FSR cannot be compared: {report.collapsed}."
     ours, theirs = (r.correct["pgd20"] for r in (with_layer, without))
     gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     points = 100 * (gained - lost) / with_layer.count
@@ -150,12 +154,13 @@ def _draw(folder: Path, test: Images, attack: Attack, seed: int) -> Image.Image:
 def demo_command(arguments: Sequence[str]) -> None:
     """`timm-fsr demo`: train with and without FSR on embedded images, and compare."""
     parser = argparse.ArgumentParser(
+        formatter_class=HelpFormatter,
         prog="timm-fsr demo",
         description="Train a small network adversarially with and without FSR on embedded Fashion-MNIST, and compare.",
     )
     parser.add_argument("--output", default="timm_fsr_demo", help="folder of the results")
-    parser.add_argument("--epochs", type=int, help="fewer or more than the default")
-    parser.add_argument("--limit", type=int, help="use at most so many training and test images")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="of each training (default: 12)")
+    parser.add_argument("--limit", type=int, help="use at most so many training and test images (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     options = parser.parse_args(arguments)
     run_demo(options.output, epochs=options.epochs, limit=options.limit, seed=options.seed)

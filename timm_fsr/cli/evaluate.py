@@ -13,6 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from timm_fsr.cli.extensions import IMPORT_HELP
+from timm_fsr.cli.help import HelpFormatter
+from timm_fsr.cli.threat import EPS, NORM, check_data, fill_data, fill_threat
 from timm_fsr.data.dataset import ImageData, load_data
 from timm_fsr.data.sources import EMBEDDED
 from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_classes, check_extras
@@ -20,8 +22,8 @@ from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
 from timm_fsr.evaluation.registry import check_names, list_attacks
 from timm_fsr.evaluation.saved_images import rescore
-from timm_fsr.models.saving import load, training_report
-from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.models.saving import load, training_recipe, training_report
+from timm_fsr.reports.report import WORST_CASE, Report, format_eps
 from timm_fsr.training.parsing import parse_number
 from timm_fsr.utils.distributed import join_processes
 from timm_fsr.utils.files import staged
@@ -29,9 +31,10 @@ from timm_fsr.utils.progress import bar
 
 _EVALUATE = """Clean and robust accuracy of a model, and the evidence for it.
 
-The figure that counts is the per-image worst case of all attacks that are given. With --output the outcomes are kept:
-the same command, given again after a kill or with more attacks, goes on where it was. `accelerate launch -m timm_fsr
-evaluate` shares the images over processes.
+Norm, eps, data and split that are not given are those of the report that the model brings: the report.json in its
+folder, its tag or its repository. The figure that counts is the per-image worst case of all attacks that are given.
+With --output the outcomes are kept: the same command, given again after a kill or with more attacks, goes on where it
+was. `accelerate launch -m timm_fsr evaluate` shares the images over processes.
 
 Attacks (numbers are steps, "x5" restarts; "standard" is AutoAttack, "official" what the FSR repository tests):
 {attacks}"""
@@ -54,8 +57,15 @@ def evaluate_command(arguments: Sequence[str]) -> None:
             raise ValueError("--device is for one process; `accelerate launch` gives each its own: leave it out")
         device = accelerator.device
     model = _load_model(options, device)
+    own = None if options.checkpoint else training_report(options.model, model)
+    recipe = None if own is None else training_recipe(options.model, own)
+    for line in (*fill_threat(options, own), *fill_data(options, own, recipe)):
+        console.print(line, markup=False)
+    _check_threat(options)
     sources = {source: load(source, pretrained=True).to(device) for source in options.transfer_from}
     data = _load_images(options, progress=not console.quiet)
+    for line in check_data(options, data, own):
+        console.print(line, markup=False)
     check_classes(model, data)
     common: dict[str, Any] = {
         "norm": options.norm,
@@ -80,7 +90,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
                 **common,
                 evidence_images=options.evidence,
                 corruption_images=options.corruptions,
-                trained=None if options.checkpoint else training_report(options.model, model),
+                trained=own,
                 batch_size=options.batch_size,
                 overwrite=options.overwrite,
                 save_images=options.save_images,
@@ -97,39 +107,62 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="timm-fsr evaluate",
         description=_EVALUATE.format(attacks=attacks),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "model", help="a folder such as train's OUTPUT/best, or the timm name of a model with weights (hf-hub:)"
     )
     parser.add_argument(
-        "--checkpoint", help="file of weights (.safetensors or .pth) for a model given by its timm name"
+        "--checkpoint",
+        help="file of weights (.safetensors or .pth) for a model given by its timm name (default: the model's own)",
     )
-    parser.add_argument("--num-classes", type=int, help="classes of a model whose weights come from --checkpoint")
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        help="classes of a model whose weights come from --checkpoint (default: the architecture's)",
+    )
     data = parser.add_argument_group("data")
     kinds = "a folder (images, Parquet, IDX), a file (Parquet, npz) or a Hub id"
-    data.add_argument("--data", default=EMBEDDED, help=f"{EMBEDDED} (embedded, the default), {kinds}")
-    data.add_argument("--split", default="test")
-    data.add_argument("--config", help="configuration of a Hub data set")
-    data.add_argument("--image-column")
-    data.add_argument("--label-column")
-    data.add_argument("--size", type=int, help="scale and centre-crop the images to this side")
-    data.add_argument("--channels", type=int, choices=[1, 3])
-    data.add_argument("--limit", type=int, help="evaluate so many images, balanced, instead of all")
+    data.add_argument(
+        "--data", help=f"{EMBEDDED} (embedded), {kinds} (default: that of the model's report, else {EMBEDDED})"
+    )
+    data.add_argument("--split", help="of the data (default: that of the model's report, else test)")
+    data.add_argument(
+        "--config", help="configuration of a Hub data set (default: the one of the model's recipe, or its only one)"
+    )
+    data.add_argument("--image-column", help="column of the images (default: found by its usual names)")
+    data.add_argument("--label-column", help="column of the labels (default: found by its usual names)")
+    data.add_argument("--size", type=int, help="scale and centre-crop the images to this side (default: as they are)")
+    data.add_argument("--channels", type=int, choices=[1, 3], help="grey or RGB (default: as the images are)")
+    data.add_argument(
+        "--limit", type=int, help="evaluate so many images, balanced (default: as many as the model's report, else all)"
+    )
     attack = parser.add_argument_group("attacks")
-    attack.add_argument("--norm", default="linf", choices=["linf", "l2", "l1"])
-    attack.add_argument("--eps", type=_number, default=8 / 255, help="radius in pixels of [0, 1], such as 8/255")
+    attack.add_argument(
+        "--norm", choices=["linf", "l2", "l1"], help=f"of the ball (default: that of the model's report, else {NORM})"
+    )
+    attack.add_argument(
+        "--eps",
+        type=_number,
+        help=f"radius in pixels of [0, 1], such as 8/255 (default: that of the model's report, else {format_eps(EPS)})",
+    )
     attack.add_argument("--attacks", nargs="*", default=["fgsm", "pgd20"], help="see above")
     attack.add_argument(
         "--transfer-from", nargs="+", default=[], metavar="MODEL", help="models to transfer attacks from"
     )
-    attack.add_argument("--attacked", metavar="FOLDER", help="only try the images that another evaluation has saved")
-    attack.add_argument("--seed", type=int, default=0)
+    attack.add_argument(
+        "--attacked",
+        metavar="FOLDER",
+        help="only try the images that another evaluation has saved (default: attack anew)",
+    )
+    attack.add_argument("--seed", type=int, default=0, help="of everything random in the attacks")
     attack.add_argument(
         "--batch-size", type=int, default=BATCH_SIZE, help=f"images per pass, to fit the memory (default {BATCH_SIZE})"
     )
     results = parser.add_argument_group("results")
-    results.add_argument("--output", help=f"folder for {REPORT}, {PAGE} and the outcomes to resume from")
+    results.add_argument(
+        "--output", help=f"folder for {REPORT}, {PAGE} and the outcomes to resume from (default: nothing is written)"
+    )
     results.add_argument("--overwrite", action="store_true", help="replace what the folder holds of another evaluation")
     results.add_argument("--save-images", action="store_true", help="keep the attacked images, for --attacked")
     results.add_argument(
@@ -165,10 +198,12 @@ def _check_attacked(options: argparse.Namespace) -> None:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Refuse what cannot work before models and images are loaded."""
-    check_names(options.attacks, options.norm, options.eps, sources=bool(options.transfer_from))
+    norm = options.norm or NORM  # and what cannot work in the model's own ball is refused when that is known
+    eps = EPS if options.norm is None or options.eps is None else options.eps
+    check_names(options.attacks, norm, eps, sources=bool(options.transfer_from))
     if options.transfer_from and not {"adaptive", "transfer"} & set(options.attacks):
         raise ValueError("--transfer-from is for the attacks 'adaptive' and 'transfer'; name one with --attacks")
-    check_extras(options.norm, evidence_images=options.evidence, corruption_images=options.corruptions)
+    check_extras(norm, evidence_images=options.evidence, corruption_images=options.corruptions)
     needs_folder = {
         "--save-images": options.save_images,
         "--evidence": options.evidence,
@@ -185,6 +220,12 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--output takes a folder, for several files, but {options.output} is a file's name")
         with staged(Path(options.output)):
             pass  # a folder that cannot be written is better known before the attacks run than after
+
+
+def _check_threat(options: argparse.Namespace) -> None:
+    """Refuse attacks that the norm and eps in use do not have."""
+    check_names(options.attacks, options.norm, options.eps, sources=bool(options.transfer_from))
+    check_extras(options.norm, evidence_images=options.evidence, corruption_images=options.corruptions)
 
 
 def _load_model(options: argparse.Namespace, device: torch.device) -> nn.Module:

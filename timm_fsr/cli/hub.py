@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from timm_fsr.cli.help import HelpFormatter
 from timm_fsr.hub.bundle import read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, render_card
 from timm_fsr.hub.publish import collect, push_to_hub
@@ -20,15 +21,16 @@ from timm_fsr.models.conversion import PLAIN, convert_checkpoint, read_foreign
 from timm_fsr.models.pretrained import CARD, REPORT, Pretrained, list_pretrained
 from timm_fsr.models.saving import save_pretrained
 from timm_fsr.models.weights import CONFIG
-from timm_fsr.reports.comparison import STRONG_ATTACKS
-from timm_fsr.reports.report import Report
+from timm_fsr.reports.report import STRONG_ATTACKS, Report
 from timm_fsr.utils.files import staged, write_text
 
 
 def models_command(arguments: Sequence[str]) -> None:
     """`timm-fsr models`: list the robust checkpoints that timm knows by name."""
     parser = argparse.ArgumentParser(
-        prog="timm-fsr models", description="List robust checkpoints: timm.create_model(NAME, pretrained=True)."
+        formatter_class=HelpFormatter,
+        prog="timm-fsr models",
+        description="List robust checkpoints: timm.create_model(NAME, pretrained=True).",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     rows = [_row(entry) for entry in list_pretrained()]
@@ -51,12 +53,14 @@ def models_command(arguments: Sequence[str]) -> None:
 def card_command(arguments: Sequence[str]) -> None:
     """`timm-fsr card FOLDER user/name`: write the model card of a saved model."""
     parser = argparse.ArgumentParser(
-        prog="timm-fsr card", description="Write a model card from a folder's config, report and recipe."
+        formatter_class=HelpFormatter,
+        prog="timm-fsr card",
+        description="Write a model card from a folder's config, report and recipe.",
     )
-    parser.add_argument("folder", help="with config.json, model.safetensors, report.json and recipe.yaml")
+    parser.add_argument("folder", help="with config.json, model.safetensors, report.json and, if known, recipe.yaml")
     parser.add_argument("repo_id", help="user/name that it is or will be on the Hub")
     parser.add_argument("--output", help=f"the card (default FOLDER/{CARD}, which push takes unchanged)")
-    parser.add_argument("--tag", help="the name by which timm knows the model without the Hub's")
+    parser.add_argument("--tag", help="the name by which timm knows the model without the Hub's (default: none)")
     _add_card_options(parser)
     options = parser.parse_args(arguments)
     bundle = read_bundle(options.folder)
@@ -70,6 +74,7 @@ def card_command(arguments: Sequence[str]) -> None:
 def push_command(arguments: Sequence[str]) -> None:
     """`timm-fsr push FOLDER user/name`: publish a saved model on the Hub in one commit."""
     parser = argparse.ArgumentParser(
+        formatter_class=HelpFormatter,
         prog="timm-fsr push",
         description="Publish a model with its report, recipe and card in one commit. The access token is HF_TOKEN or "
         "the one stored by `hf auth login`. Nothing is sent unless every part is there and belongs to the others.",
@@ -77,13 +82,25 @@ def push_command(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", help="such as train's OUTPUT/best, or one that save_pretrained wrote")
     parser.add_argument("repo_id", help="user/name; the repository is made if it does not exist")
     visibility = parser.add_mutually_exclusive_group()
-    visibility.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    visibility.add_argument("--public", action="store_false", dest="private", help="make a new repository public")
+    visibility.add_argument(
+        "--private", action="store_true", default=None, help="make a new repository private (default: the Hub's choice)"
+    )
+    visibility.add_argument(
+        "--public",
+        action="store_false",
+        dest="private",
+        default=None,
+        help="make a new repository public (default: the Hub's choice)",
+    )
     parser.add_argument("--revision", help="branch to commit to, made if missing (default: the main one)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--message", help="of the commit (default: one that names the model)")
     parser.add_argument("--dry-run", action="store_true", help="check everything and send nothing")
-    parser.add_argument("--output", metavar="FOLDER", help="with --dry-run: write there what would be sent")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="with --dry-run: write there what would be sent (default: nothing is written)",
+    )
     _add_card_options(parser)
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
@@ -109,6 +126,7 @@ def push_command(arguments: Sequence[str]) -> None:
 def convert_command(arguments: Sequence[str]) -> None:
     """`timm-fsr convert FILE --arch NAME --output FOLDER`: bring weights of other code into timm's format."""
     parser = argparse.ArgumentParser(
+        formatter_class=HelpFormatter,
         prog="timm-fsr convert",
         description="Read a checkpoint of the official FSR code, or of a plain network as RobustBench has them, "
         "without running any code in it, and save the model in timm's format.",
@@ -117,8 +135,14 @@ def convert_command(arguments: Sequence[str]) -> None:
     known = ", ".join((*PLAIN, "resnet18_cifar_fsr", "vgg16_bn_cifar_fsr", "wrn34_10_cifar_fsr"))
     parser.add_argument("--arch", required=True, help=f"one of {known}")
     parser.add_argument("--output", required=True, help="folder for config.json and model.safetensors")
-    parser.add_argument("--mean", type=_numbers, help="by which the other code normalises images, such as 0.5,0.5,0.5")
-    parser.add_argument("--std", type=_numbers, help="the same for the division")
+    parser.add_argument(
+        "--mean",
+        type=_numbers,
+        help="by which the other code normalises images, such as 0.5,0.5,0.5 (default: the file's, else the network's)",
+    )
+    parser.add_argument(
+        "--std", type=_numbers, help="the same for the division (default: the file's, else the network's)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that the folder holds")
     options = parser.parse_args(arguments)
     if (Path(options.output) / CONFIG).exists() and not options.overwrite:
@@ -152,14 +176,15 @@ def _tell_conversion(model: nn.Module, folder: str) -> None:
 
 
 def _add_card_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--baseline", metavar="REPORT", help="report of the same training without the layer")
-    parser.add_argument("--license", help="of the weights (default: the one in config.json)")
-    parser.add_argument("--base-model", help="user/name that the training started from (default: from the recipe)")
+    parser.add_argument(
+        "--baseline", metavar="REPORT", help="report of the same training without the layer (default: none)"
+    )
+    parser.add_argument("--license", help="of the weights (default: the one they were saved with or started from)")
+    parser.add_argument("--base-model", help="user/name that the training started from (default: what was loaded)")
 
 
 def _card_options(options: argparse.Namespace) -> CardOptions:
-    path = Path(options.baseline) if options.baseline else None
-    baseline = Report.load(path / REPORT if path.is_dir() else path) if path else None
+    baseline = Report.load(options.baseline) if options.baseline else None
     return CardOptions(license=options.license, base_model=options.base_model, baseline=baseline)
 
 

@@ -42,6 +42,13 @@ class Images(ABC):
         """The number of classes, whether or not each has an image here."""
         return len(self.classes)
 
+    def __str__(self) -> str:
+        channels, height, width = self.image_size
+        return f"{self.name}: {len(self)} images of {channels} x {height} x {width} pixels, {self.num_classes} classes"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
+
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int, int]:
@@ -98,7 +105,7 @@ class Images(ABC):
         """Float images in [0, 1] and labels in natural order; the last batch may be smaller."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageData(Images):
     """Images with one label each, held as one uint8 tensor.
 

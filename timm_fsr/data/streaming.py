@@ -24,7 +24,7 @@ from timm_fsr.utils.random import derive_generator
 _TOGETHER = 8  # images read at once: asking the table for one costs as much as decoding a small one
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StreamedData(Images):
     """Images with one label each, read and decoded when they are asked for; otherwise as `ImageData`.
 

@@ -181,7 +181,7 @@ def _evidence(
     announce: Announce,
 ) -> dict[str, Any]:
     """The evidence of honest gradients, each part of it kept as soon as it is known."""
-    return gather_evidence(
+    found = gather_evidence(
         model,
         *some,
         norm=report.norm,
@@ -191,6 +191,9 @@ def _evidence(
         announce=announce,
         once=lambda part, make: cache.once(f"{part} on {len(some[0])} images by {batch_size}", make),
     )
+    if report.collapsed:  # honest or not, its gradients say nothing
+        found["findings"] = [{"level": "warning", "text": report.collapsed}, *found.get("findings", ())]
+    return found
 
 
 def _examples(model: nn.Module, some: tuple[Tensor, Tensor], classes: Sequence[str], report: Report) -> dict[str, Any]:
@@ -230,11 +233,8 @@ def load_entry(path: str | Path) -> Entry:
         FileNotFoundError: there is no report.
         ValueError: it is damaged.
     """
-    path = Path(path)
-    if path.is_dir() and not (path / REPORT).is_file():
-        raise FileNotFoundError(f"{path} holds no {REPORT}; give the --output folder of an evaluation")
+    path, report = Path(path), Report.load(path)
     path = path / REPORT if path.is_dir() else path
-    report = Report.load(path)
     beside = path.parent / EXAMPLES
     examples = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     return Entry(str(report.conditions.get("model") or path.parent.name), report, examples)

@@ -144,9 +144,10 @@ def evaluate(
             folder=Path(folder) if folder is not None and save_images else None,
             progress=progress,
         )
-        seen = hashlib.sha256()
+        seen, image_size = hashlib.sha256(), []
         for index, (images, labels) in enumerate(as_batches(data)):
             if index == 0:
+                image_size = list(images.shape[1:])
                 check_agreement(accelerator, batch_key(0, images, labels), "first batches")
                 with _seeded(seed, index, device):
                     work.prepare(images.to(device), labels.to(device), accelerator)
@@ -157,7 +158,12 @@ def evaluate(
                     work.evaluate_batch(index, images.to(device), labels.to(device))
     check_agreement(accelerator, seen.hexdigest()[:16], "images or labels")
     parts = [work.result()] if accelerator is None else gather_object([work.result()])
-    about = {**_conditions(model, name, data_name, device, world), "model_digest": key["model"], **(conditions or {})}
+    about = {
+        **_conditions(model, name, data_name, device, world),
+        "image_size": image_size,
+        "model_digest": key["model"],
+    }
+    about |= conditions or {}
     report = put_together(parts, norm, float(eps), seed, about)
     if save_images and rank == 0:
         work.tidy(sum(len(part.batches) for part in parts))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ def put_together(
         attacks[ENSEMBLE] = "right clean and under each of the official attacks"
     own = [note for part in parts for note in part.notes]
     notes = dict.fromkeys([*own, *(suite.note for suite in suites.values() if suite.note), *gaps])
-    return Report(
+    report = Report(
         correct=correct,
         stages=stages,
         attacks=attacks,
@@ -257,6 +257,7 @@ def put_together(
             **(conditions or {}),
         },
     )
+    return replace(report, notes=(report.collapsed, *report.notes)) if report.collapsed else report
 
 
 def _suites(parts: Sequence[Part], batches: Sequence[BatchOutcome]) -> tuple[dict[str, KnownSuite], list[str]]:

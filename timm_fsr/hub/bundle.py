@@ -13,6 +13,7 @@ import yaml
 
 from timm_fsr.models.pretrained import RECIPE, REPORT
 from timm_fsr.models.weights import CONFIG, WEIGHTS, read_config
+from timm_fsr.reports.comparison import RECIPE_KEYS
 from timm_fsr.reports.report import Report
 
 _PATH = re.compile(
@@ -29,7 +30,7 @@ class Bundle:
     Attributes:
         config: content of `config.json`.
         report: of its evaluation.
-        recipe: of its training, as plain values.
+        recipe: of its training, as plain values; {} if nothing is known of it.
     """
 
     config: Mapping[str, Any]
@@ -40,29 +41,43 @@ class Bundle:
     def layer(self) -> str | None:
         """The feature layer it has, by name."""
         groups = [key.removesuffix("_noise") for key in self.config.get("model_args", {}) if key.endswith("_noise")]
-        recipe_layer = self.recipe.get("model", {}).get("layer")
+        recipe_layer = self.training.get("model", {}).get("layer")
         return groups[0] if groups else recipe_layer
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The recipe if it is one of `timm-fsr train`, which repeats the training; else {}."""
+        return self.recipe if is_recipe(self.recipe) else {}
+
+
+def is_recipe(values: Mapping[str, Any]) -> bool:
+    """Whether keys and values are a recipe of `timm-fsr train`, not notes on a training by other code."""
+    return bool(values) and values.keys() <= RECIPE_KEYS
 
 
 def read_bundle(folder: str | Path) -> Bundle:
     """The configuration, report and recipe of a saved model, without paths of the machine that it was trained on.
+
+    It may have no recipe: then nothing is known of its training.
 
     Raises:
         FileNotFoundError: one of them is missing; the message names all that are.
         ValueError: one of them is damaged.
     """
     folder = Path(folder)
-    missing = [name for name in (CONFIG, WEIGHTS, REPORT, RECIPE) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG, WEIGHTS, REPORT) if not (folder / name).is_file()]
     if CONFIG in missing and (folder / "best" / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}; give {folder / 'best'}, the model that training chose")
     if missing:
         raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}; a published model has its weights, the report of its evaluation and "
-            "the recipe of its training: save_pretrained(model, folder, report=..., recipe=...) writes them all"
+            f"{folder} lacks {', '.join(missing)}; a published model has its weights and the report of its evaluation: "
+            "save_pretrained(model, folder, report=..., recipe=...) writes them all"
         )
-    config, recipe = read_config(folder), _read_recipe(folder / RECIPE)
+    config = read_config(folder)
+    recipe = _read_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else {}
     _check_config(config, folder / CONFIG)
-    _check_recipe(recipe, folder / RECIPE)
+    if is_recipe(recipe):
+        _check_recipe(recipe, folder / RECIPE)
     report = Report.load(folder / REPORT)
     report, recipe = publishable(report, recipe), without_paths(recipe, _paths(recipe, report))
     conditions = {key: value for key, value in report.conditions.items() if key != "recipe"}  # which has its own file
@@ -98,6 +113,7 @@ def without_paths(value: Any, known: Mapping[str, str] | None = None) -> Any:
 
 def _paths(recipe: Mapping[str, Any], report: Report) -> dict[str, str]:
     """The paths that a recipe and a report name, and what may be shown of each."""
+    recipe = recipe if is_recipe(recipe) else {}
     data, conditions = recipe.get("data", {}), report.conditions
     sources = [data.get("source"), data.get("extra_source")]
     sources += [str(conditions.get(key, "")).partition("[")[0] for key in ("data", "training_data")]
@@ -138,7 +154,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_recipe(recipe: Mapping[str, Any], path: Path) -> None:
-    remedy = "give the recipe that `timm-fsr train` wrote beside the model"
+    remedy = "give the recipe that `timm-fsr train` wrote beside the model, or a text about a training by other code"
     for section in ("model", "data", "objective"):
         if not isinstance(recipe.get(section, {}), dict):
             raise ValueError(f"{path}: {section} is {recipe[section]!r}, not keys and values; {remedy}")

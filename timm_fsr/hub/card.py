@@ -17,8 +17,8 @@ from timm.models import get_pretrained_cfg
 from timm_fsr.hub.bundle import Bundle, publishable
 from timm_fsr.models.pretrained import CARD, list_pretrained
 from timm_fsr.models.weights import RECORD
-from timm_fsr.reports.comparison import STRONG_ATTACKS, differences, layer_of, listed, mcnemar, same_keys
-from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.reports.comparison import differences, layer_of, listed, mcnemar, same_keys
+from timm_fsr.reports.report import STRONG_ATTACKS, WORST_CASE, Report
 
 _ANEW = f"make it anew by timm-fsr card (FOLDER/{CARD} is pushed unchanged)"
 
@@ -40,8 +40,8 @@ class CardOptions:
     """What a card says besides what the model's folder knows.
 
     Attributes:
-        license: of the weights, by the Hub's short name; None takes the one in the model's configuration.
-        base_model: what the training started from, "user/name"; None finds it in the recipe.
+        license: of the weights, by the Hub's short name; None takes the one that they were saved with or started from.
+        base_model: what the training started from, "user/name"; None takes what was loaded, else the recipe's.
         baseline: the report of the same training without the feature layer, on the same images, to compare with.
     """
 
@@ -65,11 +65,16 @@ def render_card(bundle: Bundle, repo_id: str, options: CardOptions | None = None
     """
     check_repo_id(repo_id)
     options = options or CardOptions()
-    license = bundle.config["pretrained_cfg"].get("license") if options.license is None else options.license
+    record = bundle.config.get(RECORD, {})
+    license = record.get("license") if options.license is None else options.license
     if license is None:
-        raise ValueError("the model's configuration names no licence; give one, such as license='apache-2.0'")
+        raise ValueError(
+            "the model's configuration names no licence; give one, such as license='apache-2.0' (on the command line "
+            "--license=apache-2.0): weights that were trained from scratch have none from their architecture"
+        )
     check_license(license)
-    started, found = starting_point(bundle.recipe)
+    origin = record.get("origin")
+    started, found = (origin.get("name"), origin.get("hub_id")) if origin else starting_point(bundle.training)
     if options.base_model is not None:
         check_repo_id(options.base_model)
         started = found = options.base_model
@@ -132,8 +137,10 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
     return {
         "report": report,
         "config": config,
-        "recipe": bundle.recipe,
+        "recipe": bundle.training,
+        "notes": _notes(bundle),
         "data": training_data(bundle),
+        "extra": extra_data(bundle),
         "tested": report.conditions.get("data") or tested.title,
         "split": f"{split} " if split else "",
         "layer": bundle.layer,
@@ -148,6 +155,13 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
         "beyond": next(((eps, share) for eps, share in _radii(report) if eps > report.eps), None),
         "corruption": _mean_corruption(report),
     }
+
+
+def _notes(bundle: Bundle) -> dict[str, str]:
+    """What is said of a training by other code: keys and values of its author, as they can stand in a table."""
+    if bundle.training:
+        return {}
+    return {str(key): " ".join(str(value).split()).replace("|", "\\|") for key, value in bundle.recipe.items()}
 
 
 def _row(report: Report, name: str) -> dict[str, Any]:
@@ -178,7 +192,12 @@ def _mean_corruption(report: Report) -> float | None:
 def _comparison(bundle: Bundle, baseline: Report) -> dict[str, Any]:
     """The baseline's figures beside the model's, and whether chance explains the difference in the worst case."""
     report = bundle.report
-    same, whole = _common(report, baseline), _check_recipes(bundle.recipe, baseline.conditions.get("recipe"))
+    for whose, one in (("baseline", baseline), ("model", report)):
+        if one.collapsed:
+            raise ValueError(
+                f"the {whose}'s report says that {one.collapsed}; a comparison would mean nothing: leave it out"
+            )
+    same, whole = _common(report, baseline), _check_recipes(bundle.training, baseline.conditions.get("recipe"))
     gained, lost, distinguishable = mcnemar(baseline, report, WORST_CASE)
     rows = [(_row(report, name), _row(baseline, name)) for name in (*report.correct, WORST_CASE)]
     return {
@@ -303,8 +322,15 @@ def check_license(license: str) -> None:
 
 
 def training_data(bundle: Bundle) -> DataFacts:
-    """Of what the recipe trains on."""
-    return _facts(bundle.recipe.get("data", {}).get("source"))
+    """Of what training has loaded, else of what the recipe says."""
+    loaded = re.match(r"(.*?)\[[^\]]*\]", str(bundle.report.conditions.get("training_data") or ""))
+    return _facts(loaded[1] if loaded else bundle.training.get("data", {}).get("source"))
+
+
+def extra_data(bundle: Bundle) -> DataFacts | None:
+    """Of the further images that the recipe mixes into each batch, if any."""
+    source = bundle.training.get("data", {}).get("extra_source")
+    return None if source is None else _facts(source)
 
 
 def tested_data(bundle: Bundle) -> tuple[DataFacts, str | None]:
@@ -329,13 +355,14 @@ def starting_point(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 def metadata(bundle: Bundle, repo_id: str, license: str, base_model: str | None) -> ModelCardData:
     """The head of a card."""
-    data = training_data(bundle)
+    sources = [training_data(bundle), extra_data(bundle)]
+    datasets = list(dict.fromkeys(source.hub for source in sources if source and source.hub))
     return ModelCardData(
         model_name=repo_id.partition("/")[2],
         library_name="timm",
         pipeline_tag="image-classification",
         license=license,
-        datasets=[data.hub] if data.hub else None,
+        datasets=datasets or None,
         base_model=base_model,
         tags=[
             "timm",

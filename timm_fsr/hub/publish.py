@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from torch import nn
@@ -20,7 +20,7 @@ from torch import nn
 from timm_fsr.hub.bundle import Bundle, read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, check_repo_id, render_card
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT
-from timm_fsr.models.saving import load, save_pretrained, weights_digest
+from timm_fsr.models.saving import WrittenRecipe, load, save_pretrained, weights_digest
 from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS
 from timm_fsr.reports.report import Report
 from timm_fsr.utils.hub_errors import explained, retried
@@ -71,7 +71,7 @@ def push_to_hub(
     repo_id: str,
     *,
     report: Report | None = None,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: WrittenRecipe | Mapping[str, Any] | str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -91,14 +91,17 @@ def push_to_hub(
         model: what `save_pretrained` takes, or the path of a folder that it wrote.
         repo_id: "user/name"; the repository is made if it does not exist.
         report: of the evaluation of this very model; a folder brings its own.
-        recipe: how it was trained; None takes the one that the report of a training run has. A folder brings its own.
+        recipe: how it was trained: a `timm_fsr.Recipe`, plain values, or a text about a training by other code; None
+            takes the one that the report of a training run has, and without any the card says that the training is not
+            documented. A folder brings its own.
         private: make a new repository private or public; None takes the Hub's default. An existing one must be so.
         revision: branch to commit to; made if missing.
         create_pr: open a pull request instead.
         message: of the commit.
         token: None takes HF_TOKEN or the one stored by `hf auth login`.
-        license: of the weights; None takes the one in the model's configuration.
-        base_model: "user/name" that the training started from; None finds it in the recipe.
+        license: of the weights; None takes the one that they were saved with, or that of the weights that the training
+            started from. The licence of an architecture is never taken.
+        base_model: "user/name" that the training started from; None takes what was really loaded.
         baseline: the report of the same training without the feature layer, for the card.
 
     Raises:
@@ -117,7 +120,7 @@ def push_to_hub(
         raise ValueError("a published model needs the report of its evaluation; give report=timm_fsr.evaluate(...)")
     else:
         with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(model, folder, report=report, recipe=recipe)
+            save_pretrained(model, folder, report=report, recipe=recipe, license=license)
             files = collect(folder, repo_id, card)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request is made against main, not {revision!r}; leave out create_pr or revision")
@@ -158,13 +161,10 @@ def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None
     config, weights = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != bundle.config[RECORD]["sha256"] or json.loads(config) != bundle.config:
         raise ValueError(f"{folder} was changed while it was read, as a running training does; push it afterwards")
-    return {
-        CARD: card.encode(),
-        CONFIG: config,
-        WEIGHTS: weights,
-        RECIPE: yaml.safe_dump(dict(bundle.recipe), sort_keys=False, allow_unicode=True).encode(),
-        REPORT: bundle.report.to_json().encode(),
-    }
+    files = {CARD: card.encode(), CONFIG: config, WEIGHTS: weights}
+    if bundle.recipe:
+        files[RECIPE] = yaml.safe_dump(dict(bundle.recipe), sort_keys=False, allow_unicode=True).encode()
+    return {**files, REPORT: bundle.report.to_json().encode()}
 
 
 def _check_same_weights(bundle: Bundle, folder: Path, model: nn.Module) -> None:
@@ -203,9 +203,13 @@ def _push(push: Push, heads: list[str | None]) -> Published:
         there = _find_pull_request(api, push)
         if there is not None:
             return dataclasses.replace(there, changed=len(heads) > 1)  # then an earlier try has made it
+    changes: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, content) for name, content in push.files.items()
+    ]
+    changes += [CommitOperationDelete(name) for name in _stale(api, push, before)]
     info = api.create_commit(
         push.repo_id,
-        [CommitOperationAdd(name, content) for name, content in push.files.items()],
+        changes,
         commit_message=push.message,
         revision=push.revision,
         create_pr=push.create_pr,
@@ -249,6 +253,13 @@ def _head(api: HfApi, push: Push) -> str | None:
         return api.repo_info(push.repo_id, revision=push.revision).sha
 
 
+def _stale(api: HfApi, push: Push, revision: str | None) -> list[str]:
+    """The recipe of an earlier model, where this one has none: it would be taken for this one's."""
+    if RECIPE in push.files:
+        return []
+    return [entry.path for entry in api.get_paths_info(push.repo_id, [RECIPE], revision=revision)]
+
+
 def _find_pull_request(api: HfApi, push: Push) -> Published | None:
     """An open pull request of ours that holds all of the push already."""
     ours = api.whoami()["name"]
@@ -258,7 +269,8 @@ def _find_pull_request(api: HfApi, push: Push) -> Published | None:
         revision = f"refs/pr/{found.num}"
         there = api.get_paths_info(push.repo_id, list(push.files), revision=revision)
         kept = {entry.path: entry for entry in there if isinstance(entry, RepoFile)}
-        if all(name in kept and _is_kept(kept[name], content) for name, content in push.files.items()):
+        whole = all(name in kept and _is_kept(kept[name], content) for name, content in push.files.items())
+        if whole and not _stale(api, push, revision):
             commit = api.repo_info(push.repo_id, revision=revision).sha
             return Published(push.repo_id, found.url, str(commit), changed=False)
     return None

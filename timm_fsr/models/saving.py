@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 import shutil
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -47,7 +48,21 @@ _REPOSITORY = r"[\w.-]+/[\w.-]+(@[^/\s]+)?"
 # Options of `timm.create_model` that say where weights come from; a saved model brings its own.
 _NOT_SAVED = ("pretrained_backbone", "checkpoint_path", "cache_dir")
 
+_ORIGIN = "_timm_fsr_origin"
+"""Attribute of a loaded model: "name", "hub_id" and "license" of the weights that it was loaded from, if known."""
+
 HALVES = (torch.float16, torch.bfloat16)
+
+
+DESCRIPTION = "description"
+"""The key of `recipe.yaml` that holds a training described in words."""
+
+
+class WrittenRecipe(Protocol):
+    """What a `timm_fsr.Recipe` is to those who only store it."""
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML."""
 
 
 def save_pretrained(
@@ -55,7 +70,8 @@ def save_pretrained(
     folder: str | Path,
     *,
     report: Report | None = None,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: WrittenRecipe | Mapping[str, Any] | str | None = None,
+    license: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Save a model as `config.json` and `model.safetensors`, with every feature-layer argument written out.
@@ -65,7 +81,11 @@ def save_pretrained(
         folder: made if missing; files of these names in it are replaced, each atomically, when all are written.
         report: written beside them as `report.json`; without one, an older one there is removed. So is an older model
             card: it is about other weights.
-        recipe: how it was trained, written as `recipe.yaml`; None takes the one that the report of a training run has.
+        recipe: how it was trained, written as `recipe.yaml`: a `timm_fsr.Recipe`, the same as plain values, or, for a
+            training by other code, keys and values of your own or a text. None takes the one that the report of a
+            training run has; without any, the training is not documented.
+        license: of the weights, by the Hub's short name, such as "apache-2.0"; None takes that of the weights that the
+            model was loaded from, if any. The licence in an architecture's configuration is not that of these weights.
         dtype: torch.float16 or torch.bfloat16 stores matrices and kernels in it, after `timm_fsr.round_weights`; they
             are float32 again when loaded.
 
@@ -73,9 +93,11 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: `timm.create_model` could not rebuild the model from its configuration, or `dtype` would change it.
+        ValueError: `timm.create_model` could not rebuild the model from its configuration, `dtype` would change it, or
+            the recipe is none.
         OSError: the disk is full or the folder is not writable; what was there before is untouched.
     """
+    written = _written_recipe(recipe, report)
     model = base_model(model)
     _check_rebuildable(model)
     arguments = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in _NOT_SAVED}
@@ -87,15 +109,15 @@ def save_pretrained(
             tensors = _plain_tensors(model)
             save_file(tensors if dtype is None else halved(tensors, dtype), scratch / WEIGHTS)
             stored = None if dtype is None else str(dtype).removeprefix("torch.")
-            record = make_record(scratch / WEIGHTS, stored, _imports(model))
+            record = {**make_record(scratch / WEIGHTS, stored, _imports(model)), **_provenance(model, license)}
             save_config_for_hf(model, str(scratch / CONFIG), model_config={RECORD: record})
+            _settle_license(scratch / CONFIG)
             shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
             if report is not None:
                 (scratch / REPORT).write_text(report.to_json())
-            recipe = recipe or (report.conditions.get("recipe") if report else None)
-            if recipe:
-                (scratch / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
-        stale = [name for name, written in ((REPORT, report), (RECIPE, recipe)) if not written]
+            if written:
+                (scratch / RECIPE).write_text(written, encoding="utf-8")
+        stale = [name for name, content in ((REPORT, report), (RECIPE, written)) if not content]
         if _is_card(folder / CARD):
             stale.append(CARD)
         for name in stale:
@@ -104,6 +126,61 @@ def save_pretrained(
         if original is not None:
             model._model_args = original
     return folder
+
+
+def _provenance(model: nn.Module, license: str | None) -> dict[str, Any]:
+    """Under what licence the weights are and what they were trained from, as far as that is known."""
+    origin = dict(getattr(model, _ORIGIN, {}))
+    inherited = origin.pop("license", None)
+    license = license or inherited
+    return {**({"license": license} if license else {}), **({"origin": origin} if origin else {})}
+
+
+def _settle_license(path: Path) -> None:
+    """Let a written `config.json` name the licence of its weights or none: timm takes the architecture's over."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["pretrained_cfg"].pop("license", None)
+    if license := config[RECORD].get("license"):
+        config["pretrained_cfg"]["license"] = license
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _written_recipe(recipe: object, report: Report | None) -> str:
+    """The content of `recipe.yaml`; "" if nothing is known of the training.
+
+    Raises:
+        ValueError: it is no recipe, or holds what YAML has no word for.
+    """
+    values = recipe_values(recipe) or recipe_values(report.conditions.get("recipe") if report else None)
+    try:
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"the recipe holds a value that is not plain ({_one_line(error)}); give numbers, texts, lists and "
+            "dictionaries of these"
+        ) from error
+
+
+def recipe_values(recipe: object) -> dict[str, Any]:
+    """A recipe in any of the forms that `save_pretrained` takes, as plain keys and values; {} for None.
+
+    Raises:
+        ValueError: it is in none of them.
+    """
+    if recipe is None:
+        return {}
+    if isinstance(recipe, Mapping):
+        return dict(recipe)
+    if isinstance(recipe, str):
+        if "\n" not in recipe and recipe.endswith((".yaml", ".yml")):
+            raise ValueError(
+                f"recipe={recipe!r} is the name of a file; give what it holds, by timm_fsr.Recipe.load({recipe!r})"
+            )
+        return {DESCRIPTION: recipe.strip()} if recipe.strip() else {}
+    if hasattr(recipe, "to_yaml"):
+        values = dict(yaml.safe_load(recipe.to_yaml()))
+        return {key: value for key, value in values.items() if key not in ("output", "overwrite", "resume")}
+    raise ValueError(f"recipe is {type(recipe).__name__}; give a timm_fsr.Recipe, keys and values, a text, or None")
 
 
 def from_pretrained(
@@ -161,16 +238,43 @@ def load(name: str, **kwargs: Any) -> nn.Module:
     if name.startswith(HUB):
         repository = name.removeprefix(HUB)
         with explained(repository):
-            name = f"{HUB}{_checked(repository, kwargs.get('cache_dir'))}"
-            return _create(
-                name, {"source": "hf-hub", "hf_hub_id": name.removeprefix(HUB)}, {"pretrained": True, **kwargs}
-            )
-    source = {}
+            commit, config = _checked(repository, kwargs.get("cache_dir"))
+            source, arguments = {"source": "hf-hub", "hf_hub_id": commit}, {"pretrained": True, **kwargs}
+            model = _create(f"{HUB}{commit}", source, arguments)
+        base = repository.partition("@")[0]
+        return _with_origin(model, arguments, {"name": base, "hub_id": base, "license": _license_of(config)})
+    source, arguments = {}, {"pretrained": True, **kwargs} if is_trained(name) else kwargs
     if name.startswith(FOLDER):
         source = {"source": "local-dir", "file": name.removeprefix(FOLDER)}
         verify_folder(Path(source["file"]))
     with explained(name):
-        return _create(name, source, {"pretrained": True, **kwargs} if is_trained(name) else kwargs)
+        model = _create(name, source, arguments)
+    return _with_origin(model, arguments, _origin(name, model))
+
+
+def _origin(name: str, model: nn.Module) -> dict[str, str | None]:
+    """Where the weights come from that `load` has given a model; the same model in a folder keeps its own origin."""
+    if name.startswith(FOLDER):
+        config = read_config(Path(name.removeprefix(FOLDER)))
+        return {**config.get(RECORD, {}).get("origin", {}), "license": _license_of(config)}
+    tag = next((entry for entry in list_pretrained() if entry.name == name), None)
+    if tag is not None:  # with weights in the package nothing says that they are on the Hub too
+        return {"name": name, "hub_id": None if tag.weights else tag.hub_id, "license": _license_of(tag.config)}
+    timms = pretrained_cfg_of(model)
+    return {"name": timms.get("hf_hub_id"), "hub_id": timms.get("hf_hub_id"), "license": timms.get("license")}
+
+
+def _license_of(config: Mapping[str, Any]) -> str | None:
+    """The licence of the weights beside a `config.json`: other code than ours writes it among timm's own keys."""
+    return config[RECORD].get("license") if RECORD in config else config.get("pretrained_cfg", {}).get("license")
+
+
+def _with_origin(model: nn.Module, arguments: Mapping[str, Any], origin: Mapping[str, str | None]) -> nn.Module:
+    """The model, with a note of its origin if it has really been given weights of it."""
+    loaded = arguments.get("pretrained") or arguments.get("pretrained_backbone")
+    if loaded and not arguments.get("checkpoint_path"):
+        setattr(model, _ORIGIN, {key: value for key, value in origin.items() if value})
+    return model
 
 
 def is_trained(name: str) -> bool:
@@ -210,17 +314,18 @@ def weights_digest(model: nn.Module) -> str:
     return hashlib.sha256(save(_plain_tensors(base_model(model)))).hexdigest()
 
 
-def _checked(name: str, cache_dir: str | None) -> str:
-    """The repository with its present commit, so that what is loaded is what has been checked.
+def _checked(name: str, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
+    """The repository with its present commit, so that what is loaded is what has been checked, and its configuration.
 
     Refuses what timm would refuse in its own words, or not at all; the files checked stay in the cache.
     """
     path = Path(download_from_hf(name, CONFIG, cache_dir=cache_dir))
     source = f"{HUB}{name}"
-    _check_architecture(read_config(path.parent, source), source)
+    config = read_config(path.parent, source)
+    _check_architecture(config, source)
     commit = f"{hf_split(name)[0]}@{path.parent.name}"
     verify_hub(commit, cache_dir)
-    return commit
+    return commit, config
 
 
 def _check_architecture(config: Mapping[str, Any], source: str) -> None:
@@ -367,7 +472,7 @@ def training_report(name: str, model: nn.Module) -> Report | None:
     Raises:
         ValueError: the report is damaged.
     """
-    path = _find(resolve(name))
+    path = _find(resolve(name), REPORT)
     if path is None or not path.is_file():
         return None
     report = Report.load(path)
@@ -375,18 +480,36 @@ def training_report(name: str, model: nn.Module) -> Report | None:
     return report if recorded in (None, weights_digest(model)) else None
 
 
-def _find(name: str) -> Path | None:
+def training_recipe(name: str, report: Report) -> Mapping[str, Any] | None:
+    """The recipe that a model brings, as plain values; None if it brings none that can be read.
+
+    Args:
+        name: of the model; see `training_report`.
+        report: that the model brings. A published one leaves the recipe to a file of its own.
+    """
+    found = report.conditions.get("recipe")
+    if not found:
+        path = _find(resolve(name), RECIPE)
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+        except (ValueError, yaml.YAMLError):
+            return None
+    return found if isinstance(found, Mapping) else None
+
+
+def _find(name: str, file: str) -> Path | None:
+    """A file that a model brings besides its weights; None if that is known to be missing."""
     if name.startswith(FOLDER):
-        return Path(name.removeprefix(FOLDER)) / REPORT
+        return Path(name.removeprefix(FOLDER)) / file
     if name.startswith(HUB):
-        return _of_hub(name.removeprefix(HUB))
-    return next((entry.folder / REPORT for entry in list_pretrained() if entry.name == name), None)
+        return _of_hub(name.removeprefix(HUB), file)
+    return next((entry.folder / file for entry in list_pretrained() if entry.name == name), None)
 
 
-def _of_hub(repository: str) -> Path | None:
-    """The report in a repository; None where it has none, or where it cannot be had now."""
+def _of_hub(repository: str, file: str) -> Path | None:
+    """A file of a repository; None where it has none, or where it cannot be had now."""
     try:
         with explained(repository):
-            return Path(download_from_hf(repository, REPORT))
+            return Path(download_from_hf(repository, file))
     except OSError:  # the weights were there: what they were chosen by must not keep them from being judged
         return None

@@ -9,6 +9,30 @@ from typing import Any
 from timm_fsr.layers import list_layers
 from timm_fsr.reports.report import Report
 
+RECIPE_KEYS = frozenset(
+    {
+        "output",
+        "imports",
+        "overwrite",
+        "resume",
+        "seed",
+        "mixed_precision",
+        "channels_last",
+        "compile",
+        "gradient_checkpointing",
+        "batch_norm",
+        "trackers",
+        "model",
+        "data",
+        "attack",
+        "objective",
+        "optim",
+        "evaluation",
+        "checkpoint",
+    }
+)
+"""The keys of `timm_fsr.Recipe`. Values with another key describe a training by other code."""
+
 # None of it touches the arithmetic of training.
 FREE = (
     "output",
@@ -26,9 +50,6 @@ FREE = (
 # Keys that older recipes lack, with what they meant without them.
 IMPLICIT: dict[str, Any] = {"attack.args": {}}
 _LAYER = ("model.layer", "model.layer_args", "model.at")
-
-STRONG_ATTACKS = ("autoattack", "plus", "rand", "adaptive")
-"""A robust accuracy that none of these attacks has tested is only an upper bound."""
 
 
 def layer_of(recipe: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from timm_fsr.reports.charts import Line, bar_chart, heat_map, line_chart
-from timm_fsr.reports.comparison import STRONG_ATTACKS, differences, listed, mcnemar
+from timm_fsr.reports.comparison import differences, listed, mcnemar
 from timm_fsr.reports.report import SCHEMA_VERSION, WORST_CASE, Report, format_eps
 
 _SHOWN_CLASSES = 20  # of more than these the best and the worst are shown
@@ -69,7 +69,9 @@ def _model(entry: Entry) -> dict[str, Any]:
         "robust": _row(report, WORST_CASE),
         "clean": _row(report, "clean"),
         "rows": [_row(report, name) for name in report.correct],
-        "upper_bound": not set(report.correct) & set(STRONG_ATTACKS),
+        "collapsed": report.collapsed,
+        "notes": [note for note in report.notes if note != report.collapsed],
+        "upper_bound": report.upper_bound.removeprefix("upper bound: "),
         "curves": _curves([entry]),
         "noise": _noise(report.evidence),
         "surfaces": _surfaces(report.evidence),
@@ -229,8 +231,9 @@ def _comparison(entries: Sequence[Entry]) -> dict[str, Any]:
     rows = []
     for name in names:
         cells = [_row(entry.report, name) for entry in entries]
-        for cell in cells:
-            cell["points"] = 100 * (cell["accuracy"] - cells[0]["accuracy"])
+        for cell, entry in zip(cells, entries, strict=True):  # a model that does not work is ranked against none
+            broken = entry.report.collapsed or first.collapsed
+            cell["points"] = None if broken else 100 * (cell["accuracy"] - cells[0]["accuracy"])
         rows.append({"name": name.replace("_", " "), "cells": cells})
     return {
         "titles": [entry.title for entry in entries],
@@ -244,6 +247,12 @@ def _comparison(entries: Sequence[Entry]) -> dict[str, Any]:
 
 def _sentence(first: Entry, other: Entry) -> str:
     """What the images on which two models differ say."""
+    broken = [entry for entry in (first, other) if entry.report.collapsed]
+    if broken:
+        names = " and ".join(entry.title for entry in broken)
+        return (
+            f"{other.title} and {first.title} are not compared: {names} cannot classify, and no attack can change that."
+        )
     if not _same_images(first.report, other.report):
         return f"{other.title} and {first.title} were tried on other images, so single images cannot be compared."
     gained, lost, certain = mcnemar(first.report, other.report, WORST_CASE)
@@ -257,7 +266,7 @@ def _sentence(first: Entry, other: Entry) -> str:
 
 def _warnings(entries: Sequence[Entry]) -> list[str]:
     reports = [entry.report for entry in entries]
-    warnings = []
+    warnings = [f"{entry.title}: {entry.report.collapsed}." for entry in entries if entry.report.collapsed]
     if len({report.threat for report in reports}) > 1:
         warnings.append(f"The threat models differ: {', '.join(report.threat for report in reports)}.")
     if not all(_same_images(reports[0], report) for report in reports):

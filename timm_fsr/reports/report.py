@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_fsr.reports.statistics import clopper_pearson, per_class_accuracy
+from timm_fsr.reports.statistics import clopper_pearson, collapse, per_class_accuracy
 from timm_fsr.utils.files import write_text
 
 SCHEMA_VERSION = 2
@@ -19,8 +20,15 @@ SCHEMA_VERSION = 2
 
 WORST_CASE = "worst_case"
 
+STRONG_ATTACKS = ("autoattack", "plus", "rand", "adaptive")
+"""A robust accuracy that none of these attacks has tested is only an upper bound."""
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+_FILE = "report.json"
+
+_SPOKEN = {"fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "apgd": "APGD"}  # attacks whose names end in numbers of steps
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Report:
     """Per-image outcomes of an evaluation, and everything that decided them; docs/report.md describes its JSON.
 
@@ -96,6 +104,27 @@ class Report:
         """The threat model in the field's notation: "Linf 8/255"."""
         return f"{self.norm.capitalize()} {format_eps(self.eps, self.norm)}"
 
+    @property
+    def upper_bound(self) -> str:
+        """One sentence if only weak attacks were run, so that stronger ones may lower the worst case; else ""."""
+        if set(self.correct) & set(STRONG_ATTACKS):
+            return ""
+        ran = [_spoken(name) for name in self.attacks if not name.endswith("-ensemble")]  # of others that are named
+        named = " and ".join(filter(None, [", ".join(ran[:-1]), *ran[-1:]]))
+        tried = f"{named} only" if ran else "no attack was run"
+        return f"upper bound: {tried}; AutoAttack and adaptive attacks usually lower it"
+
+    @property
+    def collapsed(self) -> str:
+        """One sentence if the model answers one class for nearly all images or guesses; else ""; see `collapse`."""
+        if self.labels is None:
+            return ""
+        right, total = self.labels[self.correct["clean"]], self.labels
+        size = int(total.max()) + 1
+        names = self.conditions.get("classes") or ()
+        found = collapse(right.bincount(minlength=size).tolist(), total.bincount(minlength=size).tolist(), names)
+        return f"the model does not work: {found}" if found else ""
+
     def per_class(self, name: str = WORST_CASE) -> list[float | None]:
         """Accuracy of each class under one attack, "clean" or all of them; None for a class without images.
 
@@ -106,6 +135,13 @@ class Report:
             raise ValueError("this report was written without labels; evaluate the model again")
         assert self.num_classes is not None
         return per_class_accuracy(self.flags_of(name), self.labels, self.num_classes)
+
+    def __str__(self) -> str:
+        model, data = self.conditions.get("model"), self.conditions.get("data")
+        return f"{model or 'a model'} on {data or 'unnamed images'}: {self.summary()}"
+
+    def __repr__(self) -> str:
+        return f"<Report: {self}>"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; `from_dict` reads it back."""
@@ -175,10 +211,19 @@ class Report:
     def load(cls, path: str | Path) -> Report:
         """Read what `save` wrote.
 
+        Args:
+            path: of the file, or of a folder that holds it as `report.json`: of an evaluation, a run or a saved model.
+
         Raises:
             FileNotFoundError: no such file.
             ValueError: no such report in it.
         """
+        if Path(path).is_dir():
+            if not (Path(path) / _FILE).is_file():
+                raise FileNotFoundError(
+                    f"{path} holds no {_FILE}; give the folder of an evaluation, of a run or of a saved model"
+                )
+            path = Path(path) / _FILE
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no report {path}; give the report.json that an evaluation has written")
         try:
@@ -190,9 +235,10 @@ class Report:
         return cls.from_dict(values)
 
     def summary(self) -> str:
-        """One line: every accuracy in percent, and the threat model."""
+        """One line: every accuracy in percent, the threat model, and what takes meaning from the worst case."""
         parts = [f"{name} {100 * value:.2f} %" for name, value in self.accuracy.items()]
-        return f"{', '.join(parts)}, worst case {100 * self.worst_case:.2f} % ({self.threat}, {self.count} images)"
+        line = f"{', '.join(parts)}, worst case {100 * self.worst_case:.2f} % ({self.threat}, {self.count} images)"
+        return "; ".join(filter(None, [line, self.collapsed, self.upper_bound]))
 
 
 def format_eps(eps: float, norm: str = "linf") -> str:
@@ -205,6 +251,15 @@ def format_eps(eps: float, norm: str = "linf") -> str:
     if norm != "linf" or eps == 0 or (not whole and abs(eps - float(f"{eps:.3g}")) < 1e-12):
         return f"{eps:.4g}"
     return f"{round(scaled)}/255" if whole else f"{scaled:.3g}/255"
+
+
+def _spoken(name: str) -> str:
+    """An attack as the field writes it: "pgd100x5" is "PGD-100 with 5 restarts"; other names stay as they are."""
+    found = re.fullmatch(r"([a-z]+)(\d+)?(?:x(\d+))?", name)
+    if found is None or found[1] not in _SPOKEN:
+        return name
+    steps = f"-{found[2]}" if found[2] else ""
+    return f"{_SPOKEN[found[1]]}{steps}{f' with {found[3]} restarts' if found[3] else ''}"
 
 
 def _share(outcome: Tensor) -> float:

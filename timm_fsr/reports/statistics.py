@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FEWEST_IMAGES = 100
+"""Of fewer images nothing is said: a weak model of ten classes may well be no better than chance on them."""
+
+ONE_CLASS, OTHER_CLASSES = 0.95, 0.05
+"""A model answers one class for nearly all images if it gets at least the first share of that class right and at most
+the second of all others: those called by their own names are then the exception."""
+
+
+def collapse(right: Sequence[int], total: Sequence[int], names: Sequence[str] = ()) -> str:
+    """Whether a classifier has collapsed: it answers one class for nearly all images, or is no better than guessing.
+
+    Robust accuracy says nothing about such a model: no attack can change an answer that does not depend on the image.
+
+    Args:
+        right: clean images of each class that were classified correctly.
+        total: all images of each class.
+        names: of the classes.
+
+    Returns:
+        What is wrong, as a clause; "" for a model that works, or where there are too few images or one class alone.
+    """
+    present = [index for index, count in enumerate(total) if count]
+    images, correct = sum(total), sum(right)
+    if images < FEWEST_IMAGES or len(present) < 2:
+        return ""
+    best = max(present, key=lambda index: right[index] / total[index])
+    own, others = right[best] / total[best], (correct - right[best]) / (images - total[best])
+    if own >= ONE_CLASS and others <= OTHER_CLASSES:
+        name = repr(str(names[best])) if best < len(names) else str(best)
+        return (
+            f"it answers the class {name} for nearly all images ({100 * own:.1f} % of that class are right, "
+            f"{100 * others:.1f} % of all others)"
+        )
+    if clopper_pearson(correct, images)[0] <= 1 / len(present):
+        accuracy = f"{100 * correct / images:.1f} %"
+        return f"its clean accuracy of {accuracy} is no better than guessing among {len(present)} classes"
+    return ""
 
 
 def calibration(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,8 +67,22 @@ def read_options(options: type[Options], arguments: Sequence[str], parser: Argum
             _check_keys(options, _read_yaml(Path(value)), f" in {value}")
         elif key not in ("config", "help", "print_config"):
             _check_keys(options, _nested(key, value), "")
+    return _instance(options, parser, lambda: parser.parse_args(list(arguments)))
+
+
+def read_values(options: type[Options], values: Mapping[str, Any], parser: ArgumentParser) -> Options:
+    """The dataclass `options` from keys and values, by its `options_parser`.
+
+    Raises:
+        ValueError: see `read_options`.
+    """
+    _check_keys(options, values, "")
+    return _instance(options, parser, lambda: parser.parse_object(dict(values)))
+
+
+def _instance(options: type[Options], parser: ArgumentParser, parse: Callable[[], Any]) -> Options:
     try:
-        values = vars(parser.instantiate(parser.parse_args(list(arguments))))
+        values = vars(parser.instantiate(parse()))
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     values.pop("config", None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from timm_fsr.attacks.base import ATTACKS
 from timm_fsr.evaluation.registry import check_names, list_attacks
 from timm_fsr.layers import LAYERS
+from timm_fsr.reports.report import format_eps
 from timm_fsr.training.objectives import OBJECTIVES
 from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.options import (
@@ -24,7 +25,7 @@ from timm_fsr.training.options import (
     ObjectiveOptions,
     OptimOptions,
 )
-from timm_fsr.training.parsing import options_parser, read_options, write_options
+from timm_fsr.training.parsing import options_parser, read_options, read_values, write_options
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.registry import import_extension, is_file_name, split_imports
 
@@ -107,6 +108,23 @@ class Recipe:
         """
         config = [] if path is None else [f"--config={path}"]
         return parse_arguments([*config, *overrides])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from keys and values as YAML would hold them; what is left out has its default.
+
+        Raises:
+            ValueError: an unknown key (the message names the nearest), or a value of another type.
+        """
+        return read_values(cls, values, recipe_parser())
+
+    def __str__(self) -> str:
+        model = self.model.name + (f" with {self.model.layer}" if self.model.layer else "")
+        attack = f"{self.attack.name} ({self.attack.norm} {format_eps(self.attack.eps, self.attack.norm)})"
+        return (
+            f"{model} on {self.data.source} by {self.objective.name} against {attack}, {self.optim.epochs} epochs, "
+            f"seed {self.seed}, in {self.output}"
+        )
 
     def check(self) -> None:
         """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,14 +55,14 @@ MOST_SKIPPED = 20
 _SHOW_EVERY = 20  # steps between looks at the metrics: looking waits for the device
 
 
-def train(recipe: Recipe) -> nn.Module:
+def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
     """Train a model by `recipe`, keep its best and last model, and evaluate the best on the test images.
 
     The best model has the highest robust accuracy (PGD) on held-out training images, then the highest clean
     accuracy. Runs on one process or on all that `accelerate launch` started.
 
     Args:
-        recipe: from `Recipe.load` or made in Python.
+        recipe: from `Recipe.load` or made in Python; or its keys and values as YAML would hold them.
 
     Returns:
         The best model, a timm model in eval mode. `recipe.output` holds `best/` and `last/`, `checkpoints/`,
@@ -77,6 +77,7 @@ def train(recipe: Recipe) -> nn.Module:
         InterruptedRunError: SIGTERM came; the state is saved.
         UnsoundError: the evaluation at the end cannot judge the model; the trained model is saved.
     """
+    recipe = Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else recipe
     recipe.check()
     check_trackers(recipe.trackers)
     check_output(recipe)
@@ -247,7 +248,12 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Accuracies of the judged model on the held-out images; see `validation.validate`."""
         one_step = is_one_step(self.attack) and self.recipe.evaluation.overfitting_alarm
-        return validate(self.judged, self.held_out, self.recipe, self.accelerator, one_step=one_step)
+        return validate(
+            self.judged, self.held_out, self.recipe, self.accelerator, one_step=one_step, warn=self._warn_of_validation
+        )
+
+    def _warn_of_validation(self, text: str) -> None:
+        self.console.print(f"warning: validation in epoch {self.progress.epoch + 1}: {text}")
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint from which `restore` continues to the bit. Every process has to call this."""

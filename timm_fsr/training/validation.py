@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -9,6 +11,8 @@ from torch import nn
 from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
+from timm_fsr.reports.report import Report
+from timm_fsr.reports.statistics import collapse
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import Selection
 
@@ -16,7 +20,13 @@ ONE_STEP = "fgsm"
 
 
 def validate(
-    model: nn.Module, held_out: Images, recipe: Recipe, accelerator: Accelerator, *, one_step: bool = False
+    model: nn.Module,
+    held_out: Images,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    one_step: bool = False,
+    warn: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Clean and robust accuracy of `model` on the held-out images, which the processes share.
 
@@ -27,6 +37,7 @@ def validate(
         accelerator: the processes.
         one_step: measure the accuracy under FGSM too. With a one-step training attack it tells catastrophic
             overfitting from plain weakness.
+        warn: called with a sentence if the model answers one class for nearly all images, or guesses.
 
     Returns:
         In [0, 1]: "held_out.clean_accuracy", "held_out.robust_accuracy" and perhaps "held_out.one_step_accuracy".
@@ -47,7 +58,20 @@ def validate(
     counts = torch.tensor([int(report.correct[key].sum()) for key in names.values()] + [report.count])
     *correct, total = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
     assert total == len(held_out)
+    collapsed = _collapsed(report, held_out, accelerator)
+    if collapsed and warn is not None:
+        warn(collapsed)
     return {f"held_out.{name}_accuracy": count / total for name, count in zip(names, correct, strict=True)}
+
+
+def _collapsed(report: Report, held_out: Images, accelerator: Accelerator) -> str:
+    """What is wrong with a model that cannot classify, by the images of all processes; "" for one that works."""
+    assert report.labels is not None
+    per_class = [report.labels[report.correct["clean"]], report.labels]
+    counts = torch.stack([labels.bincount(minlength=held_out.num_classes) for labels in per_class])
+    right, total = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
+    found = collapse(right, total, held_out.classes)
+    return f"the model does not work: {found}" if found else ""
 
 
 def judge(metrics: dict[str, float], selection: Selection, *, epoch: int, patience: int | None) -> tuple[bool, str]:
