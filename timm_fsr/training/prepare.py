@@ -15,7 +15,10 @@ from torch import nn
 from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import epoch_steps
 from timm_fsr.hooks.attach import reattach
+from timm_fsr.models.description import check_runs, describe
+from timm_fsr.models.pixel import as_pixel_model
 from timm_fsr.training.recipe import Recipe
+from timm_fsr.utils.errors import ImageSizeError
 
 _COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
 
@@ -59,8 +62,15 @@ def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> i
 def build_model(recipe: Recipe, data: Images, device: torch.device) -> nn.Module:
     """The timm model with its first weights, which the seed decides, on `device`."""
     torch.manual_seed(recipe.seed)
-    timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
-    timm_model.pretrained_cfg["label_names"] = list(data.classes)
+    try:
+        timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
+        describe(timm_model, classes=data.classes, image_size=data.image_size)
+        check_runs(as_pixel_model(timm_model), data.image_size)
+    except ImageSizeError as error:
+        raise ValueError(
+            f"{error}: set data.size to a side that it takes, or build it for this one where it has the argument "
+            f"(model.args.img_size={data.image_size[1]})"
+        ) from error
     if recipe.gradient_checkpointing:
         _checkpoint_gradients(timm_model)
     if recipe.channels_last:

@@ -12,6 +12,10 @@ class UnsoundError(RuntimeError):
     """Neither bad input nor a bug of torch: a result that would mean nothing, as of a layer that is not reached."""
 
 
+class ImageSizeError(ValueError):
+    """A model does not run on images of a certain size."""
+
+
 def unknown(what: str, given: str, known: list[str]) -> str:
     """One sentence for an unknown name: what was given, the nearest known names, and all when they are few."""
     nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.4)
