@@ -183,18 +183,26 @@ def is_trained(name: str) -> bool:
     return ":" in name or any(entry.name == name for entry in list_pretrained())
 
 
+def saved_config(name: str) -> Mapping[str, Any]:
+    """The content of `config.json` of a trained model, by any name that `load` takes; empty for an architecture.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: there is none, or it cannot be had now.
+    """
+    name = resolve(name)
+    if name.startswith(FOLDER):
+        return read_config(Path(name.removeprefix(FOLDER)))
+    if name.startswith(HUB):
+        repository = name.removeprefix(HUB)
+        with explained(repository):
+            return read_config(Path(download_from_hf(repository, CONFIG)).parent, name)
+    return next((entry.config for entry in list_pretrained() if entry.name == name), {})
+
+
 def saved_here(name: str) -> bool:
     """Whether `save_pretrained` wrote the model of this name, and not timm itself."""
-    name = resolve(name)
-    try:
-        if name.startswith(FOLDER):
-            return RECORD in read_config(Path(name.removeprefix(FOLDER)))
-        if name.startswith(HUB):
-            path = Path(download_from_hf(name.removeprefix(HUB), CONFIG))
-            return RECORD in read_config(path.parent, name)
-    except (OSError, ValueError):
-        return False
-    return is_trained(name)
+    return RECORD in saved_config(name)
 
 
 def resolve(name: str) -> str:
