@@ -246,8 +246,9 @@ def _class_order(options: argparse.Namespace, model: nn.Module) -> str:
     """How class folders are numbered: labels of a model that knows its classes are matched by name in any case."""
     if options.class_order is not None:
         return str(options.class_order)
-    foreign = options.checkpoint is not None or not saved_here(options.model)
-    return "timm" if class_names(model) is None and foreign else "codepoint"
+    if class_names(model) is not None:
+        return "codepoint"
+    return "timm" if options.checkpoint is not None or not saved_here(options.model) else "codepoint"
 
 
 def _say_before(
