@@ -156,7 +156,7 @@ class TestEvaluate:
             (["SAVED", "--limit=0"], "limit=0 leaves no images"),
             (["resnet_tiny_cifar"], "No pretrained weights"),
             (["resnet_tiny_cifar_fsr"], "no weights of the whole model"),
-            (["RGB"], "images have 1 channels but the model takes 3"),
+            (["RGB", "--channels=1"], "images have 1 channels but the model takes 3"),
             (["SAVED", "--norm=l1"], "'fgsm' has no L1 ball; use AutoAttack ('standard')"),
             (["SAVED", "--attacks", "transfer"], "needs other models to transfer from"),
             (["SAVED", "--evidence=10"], "--evidence needs a folder to write to; add --output"),

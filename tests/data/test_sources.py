@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from timm_fsr.data.dataset import load_data
-from timm_fsr.data.sources import EMBEDDED
+from timm_fsr.data.sources import EMBEDDED, is_image_folder, other_class_order
+from timm_fsr.data.streaming import stream_data
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
@@ -381,3 +382,57 @@ def test_cifar10():
     assert data.image_size == (3, 32, 32)
     assert data.labels.bincount().tolist() == [100] * 10
     assert data.classes[3] == "cat"
+
+
+class TestClassOrder:
+    NAMES = ("Zebra", "apple", "class10", "class9", "Class 2", "b01", "B1x", "7", "10", "übung")
+
+    def test_timm_orders_folders_so(self, tmp_path):
+        """Its reader is asked, for the order must not differ from that of its scripts."""
+        from timm.data import create_dataset
+
+        write_images(tmp_path / "train", **{name: [picture(number)] for number, name in enumerate(self.NAMES)})
+        (tmp_path / "train" / "empty").mkdir()
+        reader = create_dataset("", root=str(tmp_path / "train")).reader
+        ours = load_data(tmp_path, class_order="timm")
+        assert {name: number for number, name in enumerate(ours.classes)} == reader.class_to_idx
+        assert ours.classes[:3] == ("7", "10", "apple")
+        own = load_data(tmp_path)
+        assert own.classes == tuple(sorted([*self.NAMES, "empty"]))
+        names = [ours.classes[label] for label in ours.labels]
+        assert dict(zip(ours.images[:, 0, 0, 0].tolist(), names, strict=True)) == dict(enumerate(self.NAMES))
+
+    def test_nothing_else_has_an_order_of_folders(self, tmp_path):
+        table = write_parquet(tmp_path / "train.parquet", [picture(1)] * 2, [0, 1], names=["b10", "b9"])
+        assert load_data(table, class_order="timm").classes == ("b10", "b9")
+        assert load_data(EMBEDDED, limit=10, class_order="timm").classes[0] == "T-shirt/top"
+        assert not is_image_folder(EMBEDDED)
+        assert not is_image_folder(str(tmp_path))
+
+    def test_an_order_that_does_not_exist(self, tmp_path):
+        write_images(tmp_path, a=[picture(1)])
+        with pytest.raises(ValueError, match="unknown class_order 'natural'"):
+            load_data(tmp_path, class_order="natural")
+
+    def test_whether_two_orders_differ(self):
+        assert other_class_order(["a", "b", "c9"], "codepoint") is None
+        assert other_class_order(["b10", "b9"], "codepoint") == ("timm", ["b9", "b10"])
+        assert other_class_order(["b9", "b10"], "timm") == ("codepoint", ["b10", "b9"])
+
+
+class TestNames:
+    def test_which_sources_have_some(self, tmp_path):
+        write_images(tmp_path / "images", **{"0": [picture(1)], "1": [picture(2)]})
+        write_parquet(tmp_path / "named.parquet", [picture(1)] * 2, [0, 1], names=["0", "1"])
+        write_parquet(tmp_path / "texts.parquet", [picture(1)] * 2, ["a", "b"])
+        write_parquet(tmp_path / "numbers.parquet", [picture(1)] * 2, [0, 1])
+        for source in ("images", "named.parquet", "texts.parquet", "numbers.parquet"):
+            named = source != "numbers.parquet"
+            data = load_data(tmp_path / source)
+            assert data.named is data.subset(1).named is named
+            assert stream_data(tmp_path / source, size=4, workers=0).named is named
+        assert load_data(tmp_path / "numbers.parquet", classes=["a", "b"]).named
+
+    def test_how_large_images_are_stored(self, tmp_path):
+        write_images(tmp_path, a=[picture(1, (10, 12))])
+        assert load_data(tmp_path, size=6, channels=1).stored == (3, 10, 12)

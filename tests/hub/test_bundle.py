@@ -79,6 +79,14 @@ class TestPaths:
         assert [stage.replace("local-dir:", "") for stage in found.stages["adaptive"]] == [f"transfer from {shown}"]
         assert f"by the gradient of {shown};" in found.attacks["adaptive"].replace("local-dir:", "")
 
+    @pytest.mark.parametrize(
+        "source",
+        ["/home/jane doe/secret/ext.py", "~/jane doe/ext.py", "../jane/secret/ext.py", "my/own/ext.py", "/ext.py"],
+    )
+    def test_files_that_a_recipe_imports_are_shown_by_name(self, tmp_path, source):
+        found = read_bundle(save(tmp_path, {**RECIPE, "imports": [source, "a_package.layers"]}))
+        assert found.recipe["imports"] == ["ext.py", "a_package.layers"]
+
     def test_data_with_spaces_in_its_path_that_only_the_report_names(self, tmp_path):
         place = "/mnt/My Drive/joe"
         conditions = {"data": f"{place}/x[test]", "checkpoint_rule": f"best accuracy on {place}/x[train] held-out"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from functools import partial
@@ -11,18 +12,26 @@ from typing import Any
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.tiny import tiny_resnet
 from support.variants import variant
 from torch import nn
 
 import timm_fsr
+from timm_fsr.cli.demo import quickstart_recipe
 from timm_fsr.layers import FSR
 from timm_fsr.layers.base import layer_defaults
+from timm_fsr.models.description import class_names, input_size
 from timm_fsr.models.saving import load, save_pretrained
 from timm_fsr.models.weights import FORMAT
+from timm_fsr.reports.report import Report
+from timm_fsr.training.options import ModelOptions
+from timm_fsr.training.prepare import with_input_of_model
+from timm_fsr.training.state import Progress, check_identity, identity
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
+RUN = Path(__file__).parents[1] / "fixtures" / "run_before_descriptions"
 
 
 @pytest.fixture
@@ -91,6 +100,65 @@ class TestFormats:
         assert set(found) == set(stored)
         assert set(found["timm_fsr"]) == set(stored["timm_fsr"])
         assert set(found["model_args"]) >= set(stored["model_args"]), "arguments may be added, with defaults"
+
+
+class TestARunFromBefore:
+    """A run of when configurations did not yet say what a model was trained on; its report is shortened."""
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_its_model(self, tmp_path, named):
+        config = json.loads((RUN / "config.json").read_text())
+        model = made_up(timm.create_model("resnet_tiny_cifar_fsr", **config["model_args"]))
+        save_pretrained(model, tmp_path)
+        del config["timm_fsr"]["sha256"], config["timm_fsr"]["bytes"]
+        if not named:
+            del config["pretrained_cfg"]["label_names"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for again in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), timm_fsr.from_pretrained(tmp_path)):
+            given = torch.rand(1, 1, 28, 28)
+            assert torch.equal(again.eval()(given), model(given))
+            assert input_size(again) == (1, 28, 28)
+            names = class_names(again)
+            assert names is None if not named else (names[0], names[9]) == ("T-shirt/top", "Ankle boot")
+        save_pretrained(again, tmp_path / "again")
+        assert class_names(load(str(tmp_path / "again"))) == class_names(again)
+
+    def test_its_report(self):
+        stored = json.loads((RUN / "report.json").read_text())
+        report = Report.load(RUN / "report.json")
+        assert report.accuracy == {key: value for key, value in stored["accuracy"].items() if key != "worst_case"}
+        assert {key: report.to_dict()[key] for key in stored if key != "interval_95"} == {
+            key: value for key, value in stored.items() if key != "interval_95"
+        }
+        assert len(report.per_class()) == 10
+
+    def test_its_checkpoint(self, tmp_path):
+        values = json.loads((RUN / "values.json").read_text())
+        progress = Progress.load(values["progress"])
+        assert (progress.step, progress.epoch, progress.selection.epoch) == (74, 1, 0)
+        recipe = quickstart_recipe()
+        recipe = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, epochs=2))
+        mine = identity(recipe, processes=1, fingerprints=["64394018a37fdf1e"], teacher=None)
+        check_identity(values["identity"], mine, recipe, Console(quiet=True))
+        assert with_input_of_model(recipe, values["identity"]["recipe"], Console(quiet=True)) == recipe
+
+    def test_its_data_has_the_same_fingerprint(self):
+        data, _ = quickstart_recipe().data.build(seed=0, progress=False)
+        assert [data.fingerprint] == json.loads((RUN / "values.json").read_text())["identity"]["data"]
+
+    def test_a_fine_tuning_that_was_begun_without_the_size_of_its_model(self, tmp_path):
+        """It goes on with the images that it began with; a new one takes the model's."""
+        save_pretrained(tiny_resnet(), tmp_path)
+        model = ModelOptions(name=str(tmp_path), layer=None)
+        recipe = dataclasses.replace(quickstart_recipe(), model=model)
+        begun = {"data.size": None, "data.channels": None}
+        assert with_input_of_model(recipe, begun, Console(quiet=True)) == recipe
+        new = with_input_of_model(recipe, None, Console(quiet=True)).data
+        assert (new.size, new.channels) == (32, 3)
+        later = with_input_of_model(recipe, {"data.size": 20, "data.channels": 1}, Console(quiet=True)).data
+        assert (later.size, later.channels) == (20, 1)
+        asked = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, size=24, channels=1))
+        assert with_input_of_model(asked, None, Console(quiet=True)) == asked
 
 
 class TestDamage:

@@ -16,16 +16,20 @@ from timm_fsr.cli.extensions import IMPORT_HELP
 from timm_fsr.cli.help import HelpFormatter
 from timm_fsr.cli.threat import EPS, NORM, check_data, fill_data, fill_threat
 from timm_fsr.data.dataset import ImageData, load_data
-from timm_fsr.data.sources import EMBEDDED
-from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_classes, check_extras
+from timm_fsr.data.sources import CLASS_ORDERS, EMBEDDED, is_image_folder, other_class_order
+from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_extras
+from timm_fsr.evaluation.classes import judged_data, read_classes
 from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
 from timm_fsr.evaluation.registry import check_names, list_attacks
 from timm_fsr.evaluation.saved_images import rescore
-from timm_fsr.models.saving import load, training_recipe, training_report
+from timm_fsr.models.description import check_runs, class_names, input_size, size_text
+from timm_fsr.models.pixel import as_pixel_model
+from timm_fsr.models.saving import load, saved_here, training_recipe, training_report
 from timm_fsr.reports.report import WORST_CASE, Report, format_eps
 from timm_fsr.training.parsing import parse_number
 from timm_fsr.utils.distributed import join_processes
+from timm_fsr.utils.errors import ImageSizeError
 from timm_fsr.utils.files import staged
 from timm_fsr.utils.progress import bar
 
@@ -63,10 +67,11 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         console.print(line, markup=False)
     _check_threat(options)
     sources = {source: load(source, pretrained=True).to(device) for source in options.transfer_from}
-    data = _load_images(options, progress=not console.quiet)
+    data = _load_images(options, model, progress=not console.quiet)
     for line in check_data(options, data, own):
         console.print(line, markup=False)
-    check_classes(model, data)
+    classes = None if options.classes is None else read_classes(options.classes)
+    noted = _say_before(options, model, data, classes, console)
     common: dict[str, Any] = {
         "norm": options.norm,
         "eps": options.eps,
@@ -74,6 +79,8 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         "seed": options.seed,
         "name": options.model,
         "transfer_from": sources,
+        "classes": classes,
+        "batch_size": options.batch_size,
         "accelerator": accelerator,
     }
     share = len(data) // (1 if accelerator is None else accelerator.num_processes)
@@ -91,15 +98,14 @@ def evaluate_command(arguments: Sequence[str]) -> None:
                 evidence_images=options.evidence,
                 corruption_images=options.corruptions,
                 trained=own,
-                batch_size=options.batch_size,
                 overwrite=options.overwrite,
                 save_images=options.save_images,
                 progress=progress,
                 announce=lambda part: console.print(f"now: {part}"),
             )
         else:
-            report = evaluate(model, data.batches(options.batch_size), **common, data_name=data.name, progress=progress)
-    _print_report(report, options, console)
+            report = evaluate(model, data, **common, progress=progress)
+    _print_report(report, options, console, noted)
 
 
 def _evaluate_parser() -> argparse.ArgumentParser:
@@ -132,8 +138,19 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--image-column", help="column of the images (default: found by its usual names)")
     data.add_argument("--label-column", help="column of the labels (default: found by its usual names)")
-    data.add_argument("--size", type=int, help="scale and centre-crop the images to this side (default: as they are)")
-    data.add_argument("--channels", type=int, choices=[1, 3], help="grey or RGB (default: as the images are)")
+    data.add_argument(
+        "--size", type=int, help="scale and centre-crop the images to this side (default: that of the model's training)"
+    )
+    data.add_argument("--channels", type=int, choices=[1, 3], help="default: those that the model takes")
+    data.add_argument(
+        "--classes", metavar="FILE", help="class names, one a line, where neither model nor data know them"
+    )
+    data.add_argument(
+        "--class-order",
+        choices=CLASS_ORDERS,
+        help="order of class folders for a model that does not know the names of its classes (default: timm for "
+        "--checkpoint and timm's models, codepoint for models saved by timm_fsr)",
+    )
     data.add_argument(
         "--limit", type=int, help="evaluate so many images, balanced (default: as many as the model's report, else all)"
     )
@@ -187,7 +204,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
 def _check_attacked(options: argparse.Namespace) -> None:
     """Refuse what --attacked, which attacks nothing and writes nothing, has no use for."""
     parser = _evaluate_parser()
-    used = ("model", "checkpoint", "num_classes", "attacked", "device")
+    used = ("model", "checkpoint", "num_classes", "attacked", "device", "classes")
     for name, value in vars(options).items():
         if name not in used and value != parser.get_default(name):
             raise ValueError(
@@ -239,34 +256,93 @@ def _load_model(options: argparse.Namespace, device: torch.device) -> nn.Module:
     return load(options.model, pretrained=False, checkpoint_path=options.checkpoint, **classes).to(device)
 
 
-def _load_images(options: argparse.Namespace, *, progress: bool) -> ImageData:
-    return load_data(
+def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: bool) -> ImageData:
+    """The images as the model was trained on them, as far as the flags do not say otherwise."""
+    size, channels = options.size, options.channels
+    known = input_size(model)
+    if known is not None:
+        channels = channels or (known[0] if known[0] in (1, 3) else None)
+        if size is None and options.checkpoint is None:  # a file of weights does not say what they were trained on
+            size = known[1:]
+    data = load_data(
         options.data,
         options.split,
         config=options.config,
         image_column=options.image_column,
         label_column=options.label_column,
-        size=options.size,
-        channels=options.channels,
+        size=size,
+        channels=channels,
+        class_order=_class_order(options, model),
         limit=options.limit,
         progress=progress,
     )
+    try:
+        check_runs(as_pixel_model(model), data.image_size)
+    except ImageSizeError as error:
+        raise ValueError(f"{error}; choose another side with --size") from error
+    return data
+
+
+def _class_order(options: argparse.Namespace, model: nn.Module) -> str:
+    """How class folders are numbered: labels of a model that knows its classes are matched by name in any case."""
+    if options.class_order is not None:
+        return str(options.class_order)
+    if class_names(model) is not None:
+        return "codepoint"
+    return "timm" if options.checkpoint is not None or not saved_here(options.model) else "codepoint"
+
+
+def _say_before(
+    options: argparse.Namespace,
+    model: nn.Module,
+    data: ImageData,
+    classes: Sequence[str] | None,
+    console: Console,
+) -> tuple[str, ...]:
+    """Print, before any attack, how labels are read; returns the sentences that the report will have too."""
+    notes = judged_data(model, data, classes).notes
+    order = _class_order(options, model)
+    other = other_class_order(data.classes, order)
+    if class_names(model) is None and classes is None and is_image_folder(options.data) and other is not None:
+        console.print(
+            f"the model knows no names of its classes: class folders are numbered in the order of {order} "
+            f"({_few(data.classes)}); --class-order {other[0]} would be {_few(other[1])}",
+            markup=False,
+        )
+    if (
+        data.stored is not None
+        and data.stored != data.image_size
+        and (options.size is None or options.channels is None)
+    ):
+        before = size_text(data.stored)
+        console.print(f"images are shown to the model as {size_text(data.image_size)}; the first is {before}")
+    for note in notes:
+        console.print(note, markup=False)
+    return notes
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def _rescore(options: argparse.Namespace, console: Console) -> None:
     model = _load_model(options, options.device or _default_device())
-    for suite, outcome in rescore(model, options.attacked).items():
+    classes = None if options.classes is None else read_classes(options.classes)
+    outcomes = rescore(model, options.attacked, classes=classes)
+    for note in dict.fromkeys(note for outcome in outcomes.values() for note in outcome.notes):
+        console.print(note, markup=False)
+    for suite, outcome in outcomes.items():
         console.print(f"{options.model} on images attacked by {suite}: {outcome.sentence()}", markup=False)
 
 
-def _print_report(report: Report, options: argparse.Namespace, console: Console) -> None:
+def _print_report(report: Report, options: argparse.Namespace, console: Console, said: Sequence[str]) -> None:
     for name in (*report.correct, WORST_CASE):
         accuracy, (low, high) = report.accuracy_of(name), report.interval(name)
         console.print(
             f"{name.replace('_', ' '):>20}  {100 * accuracy:6.2f} %  [{100 * low:.1f}, {100 * high:.1f}]", markup=False
         )
     findings = [f"{finding['level']}: {finding['text']}" for finding in report.evidence.get("findings", ())]
-    for line in (*report.notes, *findings):
+    for line in (*(note for note in report.notes if note not in said), *findings):
         console.print(line, markup=False)
     console.print(f"{options.model} on {report.conditions['data']}: {report.summary()}", markup=False)
     if options.output:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from timm_fsr.data.decoding import Rows, check_range
+from timm_fsr.data.decoding import Rows, check_range, mode_of
 from timm_fsr.data.sources import open_rows
 from timm_fsr.utils.random import derive_generator
 
@@ -28,11 +28,13 @@ class Images(ABC):
         labels: int64 tensor (N,), 0 <= label < len(classes).
         classes: the name of each class.
         name: where the images came from, for logs and reports.
+        named: whether `classes` are names; False where the source has plain numbers, which then stand for them.
     """
 
     labels: Tensor
     classes: tuple[str, ...]
     name: str
+    named: bool
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,6 +116,8 @@ class ImageData(Images):
         labels: int64 tensor (N,), 0 <= label < len(classes), on the device of `images`.
         classes: the name of each class.
         name: where the images came from, for logs and reports.
+        named: whether `classes` are names; False where the source has plain numbers, which then stand for them.
+        stored: channels, height and width of the first image before it was scaled and converted, if that is known.
 
     Raises:
         ValueError: the tensors have other types, shapes or ranges than these.
@@ -123,6 +127,8 @@ class ImageData(Images):
     labels: Tensor
     classes: tuple[str, ...]
     name: str
+    named: bool = True
+    stored: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -192,6 +198,7 @@ def load_data(
     classes: Sequence[str] | None = None,
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
+    class_order: str = "codepoint",
     limit: int | None = None,
     progress: bool = True,
 ) -> ImageData:
@@ -210,6 +217,8 @@ def load_data(
         classes: class names in label order, to make a test split agree with its train split.
         size: (height, width), or both in one number, that images are scaled (bicubic) and centre-cropped to.
         channels: 1 for grey or 3 for RGB; whichever the images have if not given.
+        class_order: how class folders are numbered where `classes` does not say: "codepoint" (Zebra, apple, class10,
+            class9), or "timm" as timm's own scripts do (apple, class9, class10, Zebra).
         limit: the largest number of images to decode, each class in its share and always the same ones.
         progress: show a progress bar on stderr if that is a terminal.
 
@@ -222,10 +231,19 @@ def load_data(
     """
     box = (size, size) if isinstance(size, int) else size
     check_format(box, channels)
-    rows = open_rows(os.fspath(source), split, config=config, image_column=image_column, label_column=label_column)
+    rows = open_rows(
+        os.fspath(source),
+        split,
+        config=config,
+        image_column=image_column,
+        label_column=label_column,
+        class_order=class_order,
+    )
     chosen = choose(rows, tuple(classes) if classes else None, limit)
     images = rows.decode(chosen.indices.tolist(), size=box, channels=channels, progress=progress)
-    return ImageData(images, chosen.labels, chosen.classes, chosen.name)
+    first = rows.read(chosen.indices[:1].tolist())
+    stored = (1 if mode_of(first) == "L" else 3, first[0].height, first[0].width)
+    return ImageData(images, chosen.labels, chosen.classes, chosen.name, chosen.named, stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,12 +255,14 @@ class Chosen:
         labels: int64 tensor (N,).
         classes: the name of each class.
         name: where they come from, for logs and reports.
+        named: whether `classes` are names rather than plain numbers.
     """
 
     indices: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     name: str
+    named: bool
 
 
 def choose(rows: Rows, classes: tuple[str, ...] | None, limit: int | None) -> Chosen:
@@ -254,10 +274,11 @@ def choose(rows: Rows, classes: tuple[str, ...] | None, limit: int | None) -> Ch
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no images; use 1 or more, or None for all of them")
     labels, names = rows.encode(classes)
+    named = rows.named or classes is not None
     if limit is None or limit >= len(labels):
-        return Chosen(torch.arange(len(labels)), labels, names, rows.name)
+        return Chosen(torch.arange(len(labels)), labels, names, rows.name, named)
     indices = _stratified(labels, limit, seed=0)
-    return Chosen(indices, labels[indices], names, f"{rows.name} limited to {limit}")
+    return Chosen(indices, labels[indices], names, f"{rows.name} limited to {limit}", named)
 
 
 def check_format(size: tuple[int, int] | None, channels: int | None) -> None:

@@ -64,6 +64,11 @@ class Rows:
     classes: tuple[str, ...] | None
     pictures: Callable[[list[int]], Sequence[Image.Image | None]]
 
+    @property
+    def named(self) -> bool:
+        """Whether the source has names of the classes, and not plain numbers alone."""
+        return self.classes is not None or isinstance(self.labels[0], str)
+
     def encode(self, classes: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
         """Int64 labels (N,) and class names, in the order of `classes` if given.
 

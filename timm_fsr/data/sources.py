@@ -10,7 +10,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from timm_fsr.data.decoding import ArrayPictures, Rows, TablePictures, one_line
+from timm_fsr.utils.errors import unknown
 
 if TYPE_CHECKING:
     import datasets
@@ -29,6 +30,7 @@ EMBEDDED = "fashion_mnist"
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 FOLDER_SPLITS = ("train", "validation", "valid", "val", "test")
+CLASS_ORDERS = ("codepoint", "timm")
 IDX_IMAGES = "-images-idx3-ubyte.gz"
 IDX_NAMES = {"test": "t10k"}
 
@@ -40,18 +42,21 @@ def open_rows(
     config: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    class_order: str = "codepoint",
     mapped: bool = False,
 ) -> Rows:
     """Opens one split of a source; the arguments and errors are those of `timm_fsr.data.dataset.load_data`.
 
     With `mapped`, a table is mapped from the disk instead of held in memory: see `timm_fsr.data.streaming.stream_data`.
     """
+    if class_order not in CLASS_ORDERS:
+        raise ValueError(unknown("class_order", class_order, list(CLASS_ORDERS)))
     path = Path(source).expanduser()
     if path.suffix == ".npz":
         return _npz_rows(path, split)
     if source != EMBEDDED and path.is_dir() and any(path.glob("*" + IDX_IMAGES)):
         return _idx_rows(path, split)
-    table = _open_table(source, path, split, config, mapped)
+    table = _open_table(source, path, split, config, class_order, mapped)
     return _table_rows(table, f"{source}[{split}]", image_column, label_column)
 
 
@@ -106,11 +111,13 @@ def _npz_rows(path: Path, split: str) -> Rows:
     return Rows(f"{path}[{split}]", labels.tolist(), None, ArrayPictures(images))
 
 
-def _open_table(source: str, path: Path, split: str, config: str | None, mapped: bool) -> datasets.Dataset:
+def _open_table(
+    source: str, path: Path, split: str, config: str | None, class_order: str, mapped: bool
+) -> datasets.Dataset:
     if source == EMBEDDED:
         return _embedded(split)
-    if path.is_dir() and not _parquet_in(path):
-        return _image_folder(path, split)
+    if is_image_folder(source):
+        return _image_folder(path, split, class_order)
     if path.exists() or glob.has_magic(source):
         return _read_parquet(_parquet_files(path, split), source, mapped=mapped)
     return _hub(source, split, config)
@@ -124,7 +131,37 @@ def _embedded(split: str) -> datasets.Dataset:
         return _read_parquet([path], EMBEDDED)
 
 
-def _image_folder(folder: Path, split: str) -> datasets.Dataset:
+def is_image_folder(source: str) -> bool:
+    """Whether the source is a folder of images, whose classes are folders in it."""
+    path = Path(source).expanduser()
+    return source != EMBEDDED and path.is_dir() and not any(path.glob("*" + IDX_IMAGES)) and not _parquet_in(path)
+
+
+def in_class_order(names: Iterable[str], class_order: str) -> list[str]:
+    """Class folders in the order of their labels.
+
+    Args:
+        names: of the folders.
+        class_order: "codepoint" sorts names as Python does (Zebra, apple, class10, class9), "timm" as timm's own
+            scripts do: naturally, upper and lower case alike (apple, class9, class10, Zebra).
+    """
+    return sorted(sorted(names), key=_natural if class_order == "timm" else str)
+
+
+def other_class_order(classes: Sequence[str], class_order: str) -> tuple[str, list[str]] | None:
+    """The name of the other order and the classes in it; None if both orders are the same."""
+    other = next(name for name in CLASS_ORDERS if name != class_order)
+    found = in_class_order(classes, other)
+    return None if found == list(classes) else (other, found)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Orders as timm's `natural_key` does, where a number begins every second part."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def _image_folder(folder: Path, split: str, class_order: str) -> datasets.Dataset:
     """A table of the image paths in `folder[/split]/class/`, whose classes are the sorted folder names."""
     import datasets
 
@@ -134,14 +171,16 @@ def _image_folder(folder: Path, split: str) -> datasets.Dataset:
         if splits or split != "train":
             raise _unknown_split(folder, split, splits or ("train",))
         root = folder
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = (entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = in_class_order(found, class_order)
     endings = set(Image.registered_extensions())
-    paths = [
-        (str(path), label)
-        for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in endings
-    ]
+    files = {
+        name: [str(path) for path in sorted((root / name).rglob("*")) if path.suffix.lower() in endings]
+        for name in classes
+    }
+    if class_order == "timm":  # whose scripts do not count a folder without images
+        classes = [name for name in classes if files[name]]
+    paths = [(path, label) for label, name in enumerate(classes) for path in files[name]]
     if not paths:
         raise ValueError(
             f"{root} holds neither Parquet nor IDX files nor images in one folder per class; "

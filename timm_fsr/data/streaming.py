@@ -40,6 +40,7 @@ class StreamedData(Images):
         workers: processes that decode, at most one per processor core; 0 decodes in this process. The images do not
             depend on it. They start anew for each pass, which takes seconds on systems that do not fork.
         device: where batches go.
+        named: see `Images`.
 
     Raises:
         ValueError: there are no images, or labels do not fit them or the classes.
@@ -55,6 +56,7 @@ class StreamedData(Images):
     channels: int | None = None
     workers: int = 4
     device: torch.device | str = "cpu"
+    named: bool = True
 
     def __post_init__(self) -> None:
         if self.labels.shape != self.indices.shape or not len(self.labels):
@@ -176,7 +178,18 @@ def stream_data(
     chosen = choose(rows, tuple(classes) if classes else None, limit)
     mode = MODES[channels] if channels else mode_of(rows.read(chosen.indices[:1].tolist()))
     rows = replace(rows, labels=[])  # a list of a million would go to each worker
-    return StreamedData(rows, chosen.indices, chosen.labels, chosen.classes, chosen.name, box, mode, channels, workers)
+    return StreamedData(
+        rows,
+        chosen.indices,
+        chosen.labels,
+        chosen.classes,
+        chosen.name,
+        box,
+        mode,
+        channels,
+        workers,
+        named=chosen.named,
+    )
 
 
 @dataclass(frozen=True, eq=False)

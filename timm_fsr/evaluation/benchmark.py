@@ -16,14 +16,14 @@ from timm_fsr.attacks.autoattack import implementation
 from timm_fsr.attacks.base import NORMS
 from timm_fsr.attacks.pgd import PGD
 from timm_fsr.data.dataset import ImageData
+from timm_fsr.evaluation.classes import match_classes
 from timm_fsr.evaluation.corruptions import CORRUPTIONS, corruption_accuracy
 from timm_fsr.evaluation.corruptions import library as corruption_library
 from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.examples import draw_examples
 from timm_fsr.evaluation.gradient_masking import gather_evidence
 from timm_fsr.evaluation.inference import BATCH_SIZE, clean_logits
-from timm_fsr.hooks.placement import pretrained_cfg_of
-from timm_fsr.models.pixel import base_model, device_of
+from timm_fsr.models.pixel import device_of
 from timm_fsr.reports.page import Entry, render_page
 from timm_fsr.reports.report import Report
 from timm_fsr.reports.statistics import calibration
@@ -61,6 +61,7 @@ def assess(
     trained: Report | None = None,
     overwrite: bool = False,
     save_images: bool = False,
+    classes: Sequence[str] | None = None,
     batch_size: int = BATCH_SIZE,
     accelerator: Accelerator | None = None,
     progress: Callable[[Standing], None] | None = None,
@@ -85,6 +86,7 @@ def assess(
         trained: the report that training has left beside the model; what chose the checkpoint is taken from it.
         overwrite: replace what the folder holds of another evaluation.
         save_images: keep the attacked images in the folder.
+        classes: names that neither model nor data know; see `timm_fsr.evaluation.classes.match_classes`.
         batch_size: images per pass; bounds the memory. It is among what decides outcomes, as random starts do.
         accelerator: shares the attacks over its processes; the first one does the rest.
         progress: called after each attack on a batch.
@@ -102,22 +104,24 @@ def assess(
         raise ValueError(f"data is {type(data).__name__}; give what timm_fsr.load_data returns")
     check_extras(norm, evidence_images=evidence_images, corruption_images=corruption_images)
     folder = Path(folder)
+    judged, _ = match_classes(model, data, classes)
     training = {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
     say = announce or (lambda _: None)
     report = evaluate(
         model,
-        data.batches(batch_size),
+        data,
         norm=norm,
         eps=eps,
         attacks=attacks,
         seed=seed,
         name=name,
-        data_name=data.name,
-        conditions={"data_fingerprint": data.fingerprint, "classes": list(data.classes), **training},
+        conditions=training,
         transfer_from=transfer_from,
         folder=folder,
         overwrite=overwrite,
         save_images=save_images,
+        classes=classes,
+        batch_size=batch_size,
         accelerator=accelerator,
         progress=progress,
     )
@@ -126,22 +130,22 @@ def assess(
     report = _with_earlier(report, folder)
     say("calibration")
     report = dataclasses.replace(
-        report, calibration={"clean": calibration(*clean_logits(model, data.batches(batch_size)))}
+        report, calibration={"clean": calibration(*clean_logits(model, judged.batches(batch_size)))}
     )
     report.save(folder / REPORT)
     cache = Cache(folder / CACHE, {**_about(report), "versions": report.conditions["versions"]})
     if evidence_images:
-        some = _some(model, data, evidence_images)
+        some = _some(model, judged, evidence_images)
         report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, cache, say))
         report.save(folder / REPORT)
     if corruption_images:
         say("corruptions")
-        some = _some(model, data, corruption_images)
+        some = _some(model, judged, corruption_images)
         report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, cache))
         report.save(folder / REPORT)
     say("examples")
-    some = _some(model, data, min(_EXAMPLE_IMAGES, batch_size))
-    examples = _examples(model, some, data.classes, report) if norm in NORMS else {}
+    some = _some(model, judged, min(_EXAMPLE_IMAGES, batch_size))
+    examples = _examples(model, some, judged.classes, report) if norm in NORMS else {}
     write_text(folder / EXAMPLES, json.dumps(examples) + "\n")
     write_text(folder / PAGE, render_page([Entry(name or "model", report, examples)]))
     return report
@@ -169,6 +173,7 @@ def check_extras(norm: str, *, evidence_images: int, corruption_images: int) -> 
 def _about(report: Report) -> dict[str, Any]:
     """What decides evidence and corruptions."""
     known = {key: report.conditions.get(key) for key in ("model_digest", "data_fingerprint")}
+    known |= {key: report.conditions[key] for key in ("labels_fingerprint",) if key in report.conditions}
     return {"norm": report.norm, "eps": report.eps, "seed": report.seed, **known}
 
 
@@ -238,25 +243,6 @@ def load_entry(path: str | Path) -> Entry:
     beside = path.parent / EXAMPLES
     examples = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     return Entry(str(report.conditions.get("model") or path.parent.name), report, examples)
-
-
-def check_classes(model: nn.Module, data: ImageData) -> None:
-    """Refuse data whose named classes are others than those that the model was trained on, or in another order.
-
-    Raises:
-        ValueError: see there.
-    """
-    known = pretrained_cfg_of(base_model(model)).get("label_names")
-    if known and len(known) == data.num_classes and not _same_names(known, data.classes):
-        raise ValueError(
-            f"the model was trained on the classes {', '.join(map(str, known[:5]))}, ... but {data.name} has "
-            f"{', '.join(data.classes[:5])}, ...; evaluate on data with the same classes in the same order"
-        )
-
-
-def _same_names(known: Sequence[str], found: Sequence[str]) -> bool:
-    numbers = {str(index) for index in range(len(known))}
-    return set(found) <= numbers or set(map(str, known)) <= numbers or list(map(str, known)) == list(found)
 
 
 def _some(model: nn.Module, data: ImageData, count: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from timm_fsr.attacks.base import eval_mode
-from timm_fsr.evaluation.inference import Batches, as_batches, full_precision
+from timm_fsr.evaluation.classes import judged_data
+from timm_fsr.evaluation.inference import BATCH_SIZE, Batches, as_batches, full_precision
 from timm_fsr.evaluation.model_checks import check_finite
 from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.utils.errors import check_images, unknown
@@ -102,6 +103,8 @@ def corruption_accuracy(
     severities: Sequence[int] = SEVERITIES,
     names: Sequence[str] = CORRUPTIONS,
     seed: int = 0,
+    classes: Sequence[str] | None = None,
+    batch_size: int = BATCH_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
     """Accuracy of a model under each corruption at each severity.
@@ -111,10 +114,13 @@ def corruption_accuracy(
 
     Args:
         model: a timm model (its `pretrained_cfg` mean and std are put in front) or a pixel-space model.
-        data: images (N, C, H, W) in [0, 1] with labels (N,), or an iterable of such batches.
+        data: as in `timm_fsr.evaluate`: what `timm_fsr.load_data` returns, images (N, C, H, W) in [0, 1] with labels
+            (N,), or an iterable of such batches.
         severities: out of 1 to 5.
         names: out of `CORRUPTIONS`.
         seed: of what is random in the corruptions; see `corrupt`.
+        classes: as in `timm_fsr.evaluate`, as is `batch_size`.
+        batch_size: see `classes`.
         progress: called with (images done, images correct under all corruptions so far) after each batch.
 
     Returns:
@@ -130,10 +136,11 @@ def corruption_accuracy(
     library()
     pixel_model = as_pixel_model(model)
     device = device_of(model)
+    judged = judged_data(model, data, classes)
     right = {name: dict.fromkeys(severities, 0) for name in names}
     survivors = done = 0
     with eval_mode(pixel_model), torch.no_grad(), full_precision(device):
-        for images, labels in as_batches(data):
+        for images, labels in as_batches(judged.batches, batch_size):
             alive = torch.ones(len(images), dtype=torch.bool)
             for name, counts in right.items():
                 for severity in counts:

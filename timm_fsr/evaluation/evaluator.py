@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks.base import attack_mode
 from timm_fsr.attacks.bn_folding import Folding, find_folding
-from timm_fsr.evaluation.inference import Batches, as_batches, check_channels, full_precision, hardware, predict
+from timm_fsr.evaluation.classes import in_order_of, judged_data
+from timm_fsr.evaluation.inference import (
+    BATCH_SIZE,
+    Batches,
+    as_batches,
+    check_channels,
+    full_precision,
+    hardware,
+    predict,
+)
 from timm_fsr.evaluation.model_checks import ModelCheck, check_attacked, check_logits, check_model, examine
 from timm_fsr.evaluation.outcomes import (
     CLEAN,
@@ -32,8 +41,8 @@ from timm_fsr.evaluation.outcomes import (
 )
 from timm_fsr.evaluation.registry import Stage, Suite, Target, build_suites, check_names
 from timm_fsr.evaluation.saved_images import AttackedBatch, keep_attacked, load_attacked, perturbed, save_attacked
-from timm_fsr.hooks.placement import pretrained_cfg_of
-from timm_fsr.models.pixel import as_pixel_model, base_model, device_of
+from timm_fsr.models.description import class_names
+from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.models.saving import weights_digest
 from timm_fsr.models.weights import model_digest
 from timm_fsr.reports.report import Report
@@ -84,6 +93,8 @@ def evaluate(
     folder: str | Path | None = None,
     overwrite: bool = False,
     save_images: bool = False,
+    classes: Sequence[str] | None = None,
+    batch_size: int = BATCH_SIZE,
     accelerator: Accelerator | None = None,
     progress: Callable[[Standing], None] | None = None,
 ) -> Report:
@@ -95,7 +106,8 @@ def evaluate(
 
     Args:
         model: a timm model (its `pretrained_cfg` mean and std are put in front) or a pixel-space model.
-        data: images (N, C, H, W) in [0, 1] with labels (N,), or an iterable of such batches.
+        data: what `timm_fsr.load_data` returns, whose labels are brought into the order of the model's classes by their
+            names; or images (N, C, H, W) in [0, 1] with labels (N,) in that order, or an iterable of such batches.
         norm: "linf" or "l2"; "l1" for AutoAttack.
         eps: radius, in pixels of [0, 1].
         attacks: by name; docs/evaluation.md lists them. "fgsm", "pgd20", "pgd100x5" (restarts), "cw30", "apgd100",
@@ -109,6 +121,8 @@ def evaluate(
         folder: where outcomes are noted as soon as they are known: the same evaluation, started again, goes on there.
         overwrite: replace what `folder` holds of another evaluation.
         save_images: keep the attacked images in `folder`, for `rescore`.
+        classes: names that neither model nor data know; see `timm_fsr.evaluation.classes.match_classes`.
+        batch_size: images per pass of data that is no iterable of batches.
         accelerator: shares the batches over its processes; each returns the whole report.
         progress: called after each attack on a batch.
 
@@ -116,8 +130,8 @@ def evaluate(
         The report; its "clean" comes first. What `folder` knows of other attacks on the same images counts too.
 
     Raises:
-        ValueError: an unknown attack, images outside [0, 1], labels that do not fit, a model that does not return
-            one finite row of logits per image, no data, other data on another process, or a folder with another
+        ValueError: an unknown attack, images outside [0, 1], labels or classes that do not fit, a model that does not
+            return one finite row of logits per image, no data, other data on another process, or a folder with another
             evaluation.
         ModuleNotFoundError: an attack needs a package that is not installed.
         UnsoundError: a feature layer that does not fire, or an attack that leaves the ball.
@@ -127,7 +141,11 @@ def evaluate(
         raise ValueError("save_images needs a folder to keep the images in; give folder")
     pixel_model = as_pixel_model(model)
     device = device_of(model)
-    sources = {key: as_pixel_model(source).to(device) for key, source in (transfer_from or {}).items()}
+    judged = judged_data(model, data, classes)
+    sources = {
+        key: in_order_of(judged.classes, as_pixel_model(source), key).to(device)
+        for key, source in (transfer_from or {}).items()
+    }
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     with ExitStack() as modes:
         for one in (pixel_model, *sources.values()):
@@ -143,9 +161,10 @@ def evaluate(
             journal=open_journal(folder, key, accelerator, overwrite=overwrite),
             folder=Path(folder) if folder is not None and save_images else None,
             progress=progress,
+            classes=judged.classes,
         )
         seen, image_size = hashlib.sha256(), []
-        for index, (images, labels) in enumerate(as_batches(data)):
+        for index, (images, labels) in enumerate(as_batches(judged.batches, batch_size)):
             if index == 0:
                 image_size = list(images.shape[1:])
                 check_agreement(accelerator, batch_key(0, images, labels), "first batches")
@@ -159,12 +178,12 @@ def evaluate(
     check_agreement(accelerator, seen.hexdigest()[:16], "images or labels")
     parts = [work.result()] if accelerator is None else gather_object([work.result()])
     about = {
-        **_conditions(model, name, data_name, device, world),
+        **_conditions(model, name, data_name or judged.name, device, world),
         "image_size": image_size,
         "model_digest": key["model"],
     }
-    about |= conditions or {}
-    report = put_together(parts, norm, float(eps), seed, about)
+    about |= {**judged.conditions, **(conditions or {})}
+    report = put_together(parts, norm, float(eps), seed, about, judged.notes)
     if save_images and rank == 0:
         work.tidy(sum(len(part.batches) for part in parts))
     return report
@@ -181,6 +200,7 @@ class _Work:
     journal: Journal
     folder: Path | None
     progress: Callable[[Standing], None] | None
+    classes: tuple[str, ...] | None = None
     suites: list[Suite] = field(default_factory=list)
     model_check: ModelCheck | None = None
     folding: Folding = field(default_factory=Folding)
@@ -274,7 +294,7 @@ class _Work:
                 if self.folder is not None:
                     result = AttackedBatch(attacked, labels, perturbed(attacked, images))
                     of = f"{batch} {suite_key(suite)}"
-                    save_attacked(self.folder, suite.name, index, result, of=of, stages=number)
+                    save_attacked(self.folder, suite.name, index, result, of=of, stages=number, classes=self.classes)
                 self.journal.put(correct, *key)
             else:
                 correct = known.to(images.device, copy=True)
@@ -363,7 +383,7 @@ def _versions() -> dict[str, str]:
 
 
 def _conditions(model: nn.Module, name: str, data_name: str, device: torch.device, world: int) -> dict[str, Any]:
-    classes = pretrained_cfg_of(base_model(model)).get("label_names")
+    classes = class_names(model)
     return {
         "model": name or type(model).__name__,
         "data": data_name,

@@ -16,6 +16,8 @@ from timm_fsr.attacks.autoattack import Component
 from timm_fsr.attacks.base import Attack, LossFunction, attack_mode, input_gradient, judged_loss, random_in_ball
 from timm_fsr.attacks.losses import cross_entropy, dlr, margin
 from timm_fsr.attacks.pgd import PGD
+from timm_fsr.data.dataset import ImageData
+from timm_fsr.evaluation.classes import match_classes
 from timm_fsr.evaluation.inference import BATCH_SIZE, as_float, full_precision, predict
 from timm_fsr.evaluation.model_checks import check_attacked, check_model, examine
 from timm_fsr.evaluation.suites.adaptive import mean_gradient
@@ -46,8 +48,8 @@ ImageLoss = Callable[[Tensor, Tensor], Tensor]
 
 def gather_evidence(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | ImageData,
+    labels: Tensor | None = None,
     *,
     norm: str = "linf",
     eps: float = 8 / 255,
@@ -55,6 +57,7 @@ def gather_evidence(
     steps: Sequence[int] = STEPS,
     restarts: Sequence[int] = RESTARTS,
     batch_size: int = BATCH_SIZE,
+    classes: Sequence[str] | None = None,
     announce: Announce | None = None,
     once: Once | None = None,
 ) -> dict[str, Any]:
@@ -62,7 +65,8 @@ def gather_evidence(
 
     Args:
         model: a timm model or a pixel-space model; put into eval mode meanwhile.
-        images: (N, C, H, W) in [0, 1]; a few hundred do.
+        images: (N, C, H, W) in [0, 1]; a few hundred do. Or what `timm_fsr.load_data` returns, without `labels`: its
+            labels are brought into the order of the model's classes by their names.
         labels: (N,) true classes.
         norm: "linf" or "l2".
         eps: radius, in pixels of [0, 1].
@@ -70,6 +74,7 @@ def gather_evidence(
         steps: of PGD, rising.
         restarts: of PGD-20, rising.
         batch_size: images per pass; bounds the memory.
+        classes: as in `timm_fsr.evaluate`.
         announce: called with the name of each part before it begins.
         once: called with the name of each part and what gathers it, to give what it has kept of that part or to
             gather and keep it, as `timm_fsr.evaluation.benchmark.Cache.once` does; None keeps nothing.
@@ -84,6 +89,12 @@ def gather_evidence(
     """
     pixel_model = as_pixel_model(model)
     device = device_of(model)
+    notes: tuple[str, ...] = ()
+    if isinstance(images, ImageData):
+        judged, notes = match_classes(model, images, classes)
+        images, labels = next(judged.batches(len(judged)))
+    if labels is None:
+        raise ValueError("images without labels; give both, or what timm_fsr.load_data returns")
     images, labels = as_float(images).to(device), labels.to(device)
     check_images(images, labels)
     square = Component("square", norm, eps, seed)
@@ -102,7 +113,7 @@ def gather_evidence(
         "repeatable": lambda: _repeatable(subject),
     }
     evidence: dict[str, Any] = {"images": len(images)}
-    findings: list[dict[str, str]] = []
+    findings = [{"level": "note", "text": note} for note in notes]
     with ExitStack() as modes:
         modes.enter_context(attack_mode(pixel_model))
         modes.enter_context(full_precision(device))

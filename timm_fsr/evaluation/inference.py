@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from timm_fsr.attacks.base import attack_mode
+from timm_fsr.data.dataset import ImageData
 from timm_fsr.evaluation.model_checks import check_finite
 from timm_fsr.models.pixel import as_pixel_model, base_model, device_of
 
-Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+Batches = ImageData | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 BATCH_SIZE = 250
 
 
@@ -71,8 +72,8 @@ def clean_logits(model: nn.Module, data: Batches) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), torch.cat(labels)
 
 
-def as_batches(data: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an iterable, or a pair of tensors cut into batches.
+def as_batches(data: Batches, batch_size: int = BATCH_SIZE) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an iterable, or a pair of tensors or `ImageData` cut into batches.
 
     Raises:
         ValueError: not pairs of tensors, or not one label per image.
@@ -81,12 +82,14 @@ def as_batches(data: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = data
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images have {len(labels)} labels; give one label per image")
-        data = zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+        data = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    elif isinstance(data, ImageData):
+        data = data.batches(batch_size)
     for batch in data:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
             raise ValueError(
-                f"data gives {type(batch).__name__} where (images, labels) belong; give two tensors or an iterable "
-                "of such pairs of tensors"
+                f"data gives {type(batch).__name__} where (images, labels) belong; give what timm_fsr.load_data "
+                "returns, two tensors, or an iterable of such pairs of tensors"
             )
         yield as_float(batch[0]), batch[1]
 

@@ -216,7 +216,12 @@ class Part:
 
 
 def put_together(
-    parts: Sequence[Part], norm: str, eps: float, seed: int, conditions: Mapping[str, Any] | None = None
+    parts: Sequence[Part],
+    norm: str,
+    eps: float,
+    seed: int,
+    conditions: Mapping[str, Any] | None = None,
+    notes_on_data: Sequence[str] = (),
 ) -> Report:
     """The report of what all processes found, in the order of the batches, under further `conditions`.
 
@@ -240,7 +245,7 @@ def put_together(
         correct[ENSEMBLE] = torch.stack([correct[name] for name in (CLEAN, *OFFICIAL)]).all(dim=0)
         attacks[ENSEMBLE] = "right clean and under each of the official attacks"
     own = [note for part in parts for note in part.notes]
-    notes = dict.fromkeys([*own, *(suite.note for suite in suites.values() if suite.note), *gaps])
+    notes = dict.fromkeys([*notes_on_data, *own, *(suite.note for suite in suites.values() if suite.note), *gaps])
     report = Report(
         correct=correct,
         stages=stages,

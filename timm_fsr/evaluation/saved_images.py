@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from timm_fsr.attacks.base import attack_mode
+from timm_fsr.evaluation.classes import match_labels
 from timm_fsr.evaluation.inference import check_channels, full_precision, predict
 from timm_fsr.evaluation.model_checks import check_model
 from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.utils.files import staged
 
 _ATTACKED = "attacked"
+_CLASSES = "classes"
 _TENSORS = ("images", "labels", "perturbed")
 
 
@@ -39,7 +42,16 @@ class AttackedBatch(NamedTuple):
     perturbed: Tensor
 
 
-def save_attacked(folder: Path, suite: str, index: int, batch: AttackedBatch, *, of: str, stages: int) -> None:
+def save_attacked(
+    folder: Path,
+    suite: str,
+    index: int,
+    batch: AttackedBatch,
+    *,
+    of: str,
+    stages: int,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Keep a batch, its images as float32, since rounding to 8 bits would change the attack.
 
     Args:
@@ -49,11 +61,13 @@ def save_attacked(folder: Path, suite: str, index: int, batch: AttackedBatch, *,
         batch: to keep.
         of: names the suite with its parameters, and the clean batch.
         stages: so many stages of the suite have been run on it.
+        classes: the names of the labels, if they are known.
     """
+    metadata = {"of": of, "stages": str(stages), **({_CLASSES: json.dumps(list(classes))} if classes else {})}
     with staged(folder / _ATTACKED / _file_name(suite)) as scratch:
         tensors = {"images": batch.images.float(), "labels": batch.labels, "perturbed": batch.perturbed}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, scratch / f"{index:06d}.safetensors", metadata={"of": of, "stages": str(stages)})
+        save_file(tensors, scratch / f"{index:06d}.safetensors", metadata=metadata)
 
 
 def load_attacked(folder: Path, suite: str, index: int, *, of: str) -> tuple[Tensor, int] | None:
@@ -103,8 +117,31 @@ def attacked_batches(folder: Path, suite: str) -> Iterator[AttackedBatch]:
     Raises:
         ValueError: a file is damaged.
     """
-    for path in sorted((folder / _ATTACKED / _file_name(suite)).glob("*.safetensors")):
+    for path in _files(folder, suite):
         yield _read(path)[0]
+
+
+def attacked_classes(folder: Path, suite: str) -> tuple[str, ...] | None:
+    """The names of the labels in what was kept of a suite; None if they are not known.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    names = _read(_files(folder, suite)[0])[1].get(_CLASSES)
+    return _classes_in_report(folder) if names is None else tuple(json.loads(names))
+
+
+def _files(folder: Path, suite: str) -> list[Path]:
+    return sorted((folder / _ATTACKED / _file_name(suite)).glob("*.safetensors"))
+
+
+def _classes_in_report(folder: Path) -> tuple[str, ...] | None:
+    """The names of the classes in the report beside the images, which alone had them once."""
+    try:
+        names = json.loads((folder / "report.json").read_bytes())["conditions"]["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(map(str, names))
 
 
 def _read(path: Path) -> tuple[AttackedBatch, dict[str, str]]:
@@ -140,10 +177,12 @@ class Rescored:
     Attributes:
         correct: (N,) bool: was the attacked image classified correctly?
         perturbed: (N,) bool: had the attack changed the image at all?
+        notes: what a reader has to know about how the labels were read.
     """
 
     correct: Tensor
     perturbed: Tensor
+    notes: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """Both in words."""
@@ -159,19 +198,20 @@ class Rescored:
         )
 
 
-def rescore(model: nn.Module, folder: str | Path) -> dict[str, Rescored]:
+def rescore(model: nn.Module, folder: str | Path, *, classes: Sequence[str] | None = None) -> dict[str, Rescored]:
     """Try the attacked images of an earlier evaluation with `save_images` on a model, be it the same or another.
 
     Args:
         model: a timm model or a pixel-space model.
-        folder: of the evaluation.
+        folder: of the evaluation. Its labels are brought into the order of the model's classes by their names.
+        classes: the names of the model's outputs, in their order, where it does not know them.
 
     Returns:
         The outcome of each attack, by its folder's name.
 
     Raises:
         FileNotFoundError: there are no attacked images in the folder.
-        ValueError: they are damaged, or do not fit the model.
+        ValueError: they are damaged, or they or their classes do not fit the model.
     """
     pixel_model = as_pixel_model(model)
     device = device_of(model)
@@ -180,10 +220,14 @@ def rescore(model: nn.Module, folder: str | Path) -> dict[str, Rescored]:
         check_model(pixel_model)
         for suite in attacked_suites(Path(folder)):
             correct, perturbed = [], []
+            notes: dict[str, None] = {}
+            named = attacked_classes(Path(folder), suite)
             for batch in attacked_batches(Path(folder), suite):
                 check_channels(pixel_model, batch.images)
+                labels, notes_here = match_labels(model, batch.labels, named, f"the evaluation in {folder}", classes)
+                notes |= dict.fromkeys(notes_here)
                 found = predict(pixel_model, batch.images.to(device), suite).cpu()
-                correct.append(found == batch.labels)
+                correct.append(found == labels)
                 perturbed.append(batch.perturbed)
-            outcomes[suite] = Rescored(torch.cat(correct), torch.cat(perturbed))
+            outcomes[suite] = Rescored(torch.cat(correct), torch.cat(perturbed), tuple(notes))
     return outcomes

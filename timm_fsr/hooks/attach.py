@@ -195,14 +195,22 @@ def _describe(model: nn.Module, layer: str, group: LayerGroup) -> None:
     config = pretrained_cfg_of(model)
     if isinstance(config, dict) and group.base_architecture:
         config["architecture"] = f"{group.base_architecture}_{layer}"
+    watch_classifier(model)
+
+
+def watch_classifier(model: nn.Module) -> None:
+    """Make `model.reset_classifier` reset auxiliary classifiers too, and forget the names of the classes before."""
     if hasattr(type(model), "reset_classifier"):
         model.__dict__["reset_classifier"] = functools.partial(_reset_classifier, model)
 
 
 def _reset_classifier(model: nn.Module, num_classes: int, *args: Any, **kwargs: Any) -> None:
-    """The model's own `reset_classifier`, which then resets the auxiliary classifiers too."""
     where = _device_and_dtype(model)
     type(model).reset_classifier(model, num_classes, *args, **kwargs)  # type: ignore[attr-defined]
+    config = pretrained_cfg_of(model)
+    if isinstance(config, dict):
+        for key in ("label_names", "label_descriptions"):
+            config.pop(key, None)
     for group in _own_groups(model).values():
         group.reset_classifier(num_classes)
         group.to(*where)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_fsr.hooks.layout import Layout, Size, measure
-from timm_fsr.utils.errors import unknown
+from timm_fsr.utils.errors import ImageSizeError, unknown
 
 At = int | str | tuple[int | str, ...] | list[int | str] | None
 
@@ -118,7 +118,7 @@ def run_probe(model: nn.Module) -> Probe:
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             probe.result = weightless(images.clone())
     except Exception as error:
-        raise ValueError(
+        raise ImageSizeError(
             f"{type(model).__name__} does not run on images of its input size {tuple(images.shape[1:])} "
             f"({type(error).__name__}: {error}); feature layers attach to models that map images to logits"
         ) from error

@@ -15,6 +15,7 @@ from timm_fsr.models.pretrained import RECIPE, REPORT
 from timm_fsr.models.weights import CONFIG, WEIGHTS, read_config
 from timm_fsr.reports.comparison import RECIPE_KEYS
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.registry import is_file_name
 
 _PATH = re.compile(
     r"(?:\bfile:(?://[^/\s]*)?|(?<![\w:/.~])(?:~|[A-Za-z]:)?)[/\\](?:[^\s/\\\[\],]+[/\\])+([^\s/\\\[\],]+)"
@@ -123,7 +124,8 @@ def _paths(recipe: Mapping[str, Any], report: Report) -> dict[str, str]:
     models = [name.removeprefix("local-dir:") for name in models]
     named = [path for path in sources if path and (Path(path).is_absolute() or path.startswith("~"))]  # else a Hub id
     named += [path for path in models if "/" in path and ":" not in path]  # those of the Hub begin with hf-hub:
-    return {path: _shown(path) for path in named}
+    files = [source for source in recipe.get("imports") or () if isinstance(source, str) and is_file_name(source)]
+    return {**{path: _shown(path) for path in named}, **{path: Path(path).name for path in files}}
 
 
 def _shown(path: str) -> str:

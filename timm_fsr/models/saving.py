@@ -20,9 +20,11 @@ from safetensors.torch import save, save_file
 from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
 from torch import Tensor, nn
 
+from timm_fsr.hooks.attach import watch_classifier
 from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.layers import LAYERS, list_layers
+from timm_fsr.models.description import class_names, forget_other_classes
 from timm_fsr.models.pixel import base_model
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT, list_pretrained
 from timm_fsr.models.weights import (
@@ -110,7 +112,10 @@ def save_pretrained(
             save_file(tensors if dtype is None else halved(tensors, dtype), scratch / WEIGHTS)
             stored = None if dtype is None else str(dtype).removeprefix("torch.")
             record = {**make_record(scratch / WEIGHTS, stored, _imports(model)), **_provenance(model, license)}
-            save_config_for_hf(model, str(scratch / CONFIG), model_config={RECORD: record})
+            config: dict[str, Any] = {RECORD: record}
+            if class_names(model) is not None:  # timm drops the names where the source of the weights had other classes
+                config["pretrained_cfg"] = {"num_classes": model.num_classes}
+            save_config_for_hf(model, str(scratch / CONFIG), model_config=config)
             _settle_license(scratch / CONFIG)
             shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
             if report is not None:
@@ -282,6 +287,28 @@ def is_trained(name: str) -> bool:
     return ":" in name or any(entry.name == name for entry in list_pretrained())
 
 
+def saved_config(name: str) -> Mapping[str, Any]:
+    """The content of `config.json` of a trained model, by any name that `load` takes; empty for an architecture.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: there is none, or it cannot be had now.
+    """
+    name = resolve(name)
+    if name.startswith(FOLDER):
+        return read_config(Path(name.removeprefix(FOLDER)))
+    if name.startswith(HUB):
+        repository = name.removeprefix(HUB)
+        with explained(repository):
+            return read_config(Path(download_from_hf(repository, CONFIG)).parent, name)
+    return next((entry.config for entry in list_pretrained() if entry.name == name), {})
+
+
+def saved_here(name: str) -> bool:
+    """Whether `save_pretrained` wrote the model of this name, and not timm itself."""
+    return RECORD in saved_config(name)
+
+
 def resolve(name: str) -> str:
     """The name by which timm knows the model that `load` would build; reads no weights and asks no network.
 
@@ -363,7 +390,7 @@ def _create(name: str, source: Mapping[str, Any], arguments: Mapping[str, Any]) 
     """Timm's model; `source` is where its configuration is, as in a `pretrained_cfg`."""
     with told_by_version(source, arguments.get("cache_dir")):
         try:
-            return timm.create_model(name, **arguments)
+            model = timm.create_model(name, **arguments)
         except (TypeError, AttributeError, AssertionError) as error:
             raise ValueError(f"{name} cannot be built with these arguments: {_one_line(error)}") from error
         except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
@@ -371,6 +398,9 @@ def _create(name: str, source: Mapping[str, Any], arguments: Mapping[str, Any]) 
                 f"the weights of {name} are missing, damaged, for another network or no plain tensors: "
                 f"{_one_line(error)}"
             ) from error
+    forget_other_classes(model)
+    watch_classifier(model)
+    return model
 
 
 def _one_line(error: Exception) -> str:

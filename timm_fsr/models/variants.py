@@ -25,6 +25,7 @@ from timm_fsr.hooks.site import LayerGroup, layer_groups
 from timm_fsr.layers import LAYERS, layer_class
 from timm_fsr.layers.base import check_layer_args
 from timm_fsr.models import cifar as _cifar  # noqa: F401  (registers the CIFAR-size networks)
+from timm_fsr.models.description import forget_other_classes
 from timm_fsr.models.pretrained import TAGS, Pretrained, embedded_pretrained, list_pretrained, read_pretrained
 from timm_fsr.models.weights import StateDict, load_weights, told_by_version
 
@@ -184,6 +185,7 @@ def build_variant(
     attach(model, layer, at=at if at is not None else OFFICIAL_PLACES.get((base, layer)), layer_args=layer_args)
     if pretrained:
         _load_layer(getattr(model, layer), own, config["num_classes"], model.num_classes)
+    forget_other_classes(model)
     if features_only:
         return _features(model, base, out_indices, kwargs)
     return model

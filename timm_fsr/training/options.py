@@ -142,8 +142,9 @@ class DataOptions:
         test_split: name of the test split.
         image_column: null finds it.
         label_column: null finds it.
-        size: side that images are scaled and cropped to; null keeps theirs.
-        channels: 1 or 3; null keeps theirs.
+        size: side that images are scaled and cropped to; null takes that of the saved model that is fine-tuned, else
+            keeps theirs.
+        channels: 1 or 3; null likewise.
         limit_train: use at most so many training images, balanced.
         limit_test: use at most so many test images, balanced.
         held_out: training images held out, balanced, to choose the best checkpoint by robust accuracy.

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import epoch_steps
 from timm_fsr.hooks.attach import reattach
+from timm_fsr.models.description import check_runs, describe
+from timm_fsr.models.pixel import as_pixel_model
+from timm_fsr.models.saving import saved_config
 from timm_fsr.training.recipe import Recipe
+from timm_fsr.utils.errors import ImageSizeError
 
 _COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
 
@@ -36,6 +41,33 @@ def read_images(recipe: Recipe, accelerator: Accelerator) -> tuple[Images, Image
     extra = recipe.data.build_extra(data.classes, data.image_size, progress=progress)
     _check_test_split(recipe, data)
     return data.to(device), None if extra is None else extra.to(device), held_out.to(device)
+
+
+def with_input_of_model(recipe: Recipe, begun: Mapping[str, Any] | None, console: Console) -> Recipe:
+    """The recipe with the image size and channels of the saved model that is fine-tuned, where it names none itself.
+
+    Args:
+        recipe: of the run.
+        begun: the fixed keys of the run that is resumed, flat, which goes on with what it began with; None: a new run.
+        console: says what was taken.
+    """
+    data = recipe.data
+    if begun is not None:
+        taken = {key: begun.get(f"data.{key}") for key in ("size", "channels")}
+    else:
+        channels, height, width = (saved_config(recipe.model.name).get("pretrained_cfg") or {}).get(
+            "input_size", (None, None, None)
+        )
+        fits = height == width and "img_size" not in recipe.model.args
+        taken = {"size": height if fits else None, "channels": recipe.model.args.get("in_chans", channels)}
+        taken["channels"] = taken["channels"] if taken["channels"] in (1, 3) else None
+    missing = {key: value for key, value in taken.items() if getattr(data, key) is None and value is not None}
+    if not missing:
+        return recipe
+    if begun is None:
+        keys = ", ".join(f"data.{key}={value}" for key, value in missing.items())
+        console.print(f"{keys}, as {recipe.model.name} was trained; set them for other images")
+    return dataclasses.replace(recipe, data=dataclasses.replace(data, **missing))
 
 
 def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> int:
@@ -59,8 +91,15 @@ def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> i
 def build_model(recipe: Recipe, data: Images, device: torch.device) -> nn.Module:
     """The timm model with its first weights, which the seed decides, on `device`."""
     torch.manual_seed(recipe.seed)
-    timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
-    timm_model.pretrained_cfg["label_names"] = list(data.classes)
+    try:
+        timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
+        describe(timm_model, classes=data.classes, image_size=data.image_size)
+        check_runs(as_pixel_model(timm_model), data.image_size)
+    except ImageSizeError as error:
+        raise ValueError(
+            f"{error}: set data.size to a side that it takes, or build it for this one where it has the argument "
+            f"(model.args.img_size={data.image_size[1]})"
+        ) from error
     if recipe.gradient_checkpointing:
         _checkpoint_gradients(timm_model)
     if recipe.channels_last:

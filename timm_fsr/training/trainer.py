@@ -30,7 +30,7 @@ from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.metrics import begin_tracking, check_trackers, describe, log_epoch
 from timm_fsr.training.objectives.base import Objective, unwrapped
 from timm_fsr.training.output import Snapshot, begin_output, check_output, find_snapshot
-from timm_fsr.training.prepare import build_model, compilation, count_steps, read_images
+from timm_fsr.training.prepare import build_model, compilation, count_steps, read_images, with_input_of_model
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.results import FinishedRun, conclude
 from timm_fsr.training.state import (
@@ -85,6 +85,8 @@ def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
     console = Console(quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     try:
         snapshot = find_snapshot(recipe, accelerator, console)
+        begun = None if snapshot is None else snapshot[1]["identity"]["recipe"]
+        recipe = with_input_of_model(recipe, begun, console)
         return Trainer.prepare(recipe, accelerator, console).fit(snapshot)
     finally:
         accelerator.end_training()

@@ -12,6 +12,10 @@ class UnsoundError(RuntimeError):
     """A result would be meaningless, for example because a layer was never called."""
 
 
+class ImageSizeError(ValueError):
+    """A model does not run on images of a certain size."""
+
+
 def unknown(what: str, given: str, known: list[str]) -> str:
     """One sentence for an unknown name: what was given, the nearest known names, and all when they are few."""
     nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.4)
