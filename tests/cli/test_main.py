@@ -258,6 +258,18 @@ class TestDemo:
         assert "-100.0 points" in clear
         assert ": more than chance" in clear
 
+    def test_a_network_that_does_not_work_is_compared_with_nothing(self):
+        labels = torch.arange(200) % 2
+        broken, works = (
+            Report(correct={"clean": right, "pgd20": right}, attacks={}, norm="linf", eps=0.1, seed=0, labels=labels)
+            for right in (labels == 0, torch.arange(200) < 150)
+        )
+        for pair, name in (((broken, works), "with FSR"), ((works, broken), "without FSR")):
+            said = verdict(*pair)
+            assert said.startswith(f"The network trained {name} cannot be compared: the model does not work")
+            assert "points" not in said
+        assert "points" in verdict(works, works)
+
     def test_mistakes(self, tmp_path, capsys):
         for arguments, message in ((["--epochs=0"], "epochs=0"), (["--limit=0"], "limit=0"), (["--limit=150"], "200")):
             assert message in error_of(["demo", "--output", str(tmp_path / "new"), *arguments], capsys)

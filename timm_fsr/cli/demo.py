@@ -27,6 +27,7 @@ from timm_fsr.training.trainer import train
 from timm_fsr.utils.files import staged
 
 _PICTURED = 6
+_CAUTION = "One seed and a weak attack: this is a demonstration, not a result."
 
 
 def quickstart_recipe(layer: str | None = "fsr") -> Recipe:
@@ -107,7 +108,7 @@ def verdict(with_layer: Report, without: Report) -> str:
     """What the numbers say about FSR, in a sentence, judged by the images on which the two models differ."""
     for name, report in (("with", with_layer), ("without", without)):
         if report.collapsed:
-            return f"The network {name} FSR cannot be compared: {report.collapsed}."
+            return f"The network trained {name} FSR cannot be compared: {report.collapsed}. {_CAUTION}"
     ours, theirs = (r.correct["pgd20"] for r in (with_layer, without))
     gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     points = 100 * (gained - lost) / with_layer.count
@@ -120,7 +121,7 @@ def verdict(with_layer: Report, without: Report) -> str:
     )
     return (
         f"Under PGD-20, FSR is {points:+.1f} points against the same training without it ({gained} images gained, "
-        f"{lost} lost): {meaning}. One seed and a weak attack: this is a demonstration, not a result."
+        f"{lost} lost): {meaning}. {_CAUTION}"
     )
 
 
