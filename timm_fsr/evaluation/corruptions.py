@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks.base import eval_mode
 from timm_fsr.evaluation.classes import judged_data
-from timm_fsr.evaluation.inference import BATCH_SIZE, Batches, as_batches, full_precision
+from timm_fsr.evaluation.inference import Batches, as_batches, full_precision
 from timm_fsr.evaluation.model_checks import check_finite
 from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.utils.errors import check_images, unknown
@@ -104,7 +104,7 @@ def corruption_accuracy(
     names: Sequence[str] = CORRUPTIONS,
     seed: int = 0,
     classes: Sequence[str] | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
     """Accuracy of a model under each corruption at each severity.

@@ -19,7 +19,6 @@ from timm_fsr.attacks.base import attack_mode
 from timm_fsr.attacks.bn_folding import Folding, find_folding
 from timm_fsr.evaluation.classes import in_order_of, judged_data
 from timm_fsr.evaluation.inference import (
-    BATCH_SIZE,
     Batches,
     as_batches,
     check_channels,
@@ -94,7 +93,7 @@ def evaluate(
     overwrite: bool = False,
     save_images: bool = False,
     classes: Sequence[str] | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     accelerator: Accelerator | None = None,
     progress: Callable[[Standing], None] | None = None,
 ) -> Report:
@@ -122,7 +121,7 @@ def evaluate(
         overwrite: replace what `folder` holds of another evaluation.
         save_images: keep the attacked images in `folder`, for `rescore`.
         classes: names that neither model nor data know; see `timm_fsr.evaluation.classes.match_classes`.
-        batch_size: images per pass of data that is no iterable of batches.
+        batch_size: images per pass of data that is no iterable of batches; None: 250.
         accelerator: shares the batches over its processes; each returns the whole report.
         progress: called after each attack on a batch.
 

@@ -72,12 +72,13 @@ def clean_logits(model: nn.Module, data: Batches) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), torch.cat(labels)
 
 
-def as_batches(data: Batches, batch_size: int = BATCH_SIZE) -> Iterator[tuple[Tensor, Tensor]]:
+def as_batches(data: Batches, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of an iterable, or a pair of tensors or `ImageData` cut into batches.
 
     Raises:
         ValueError: not pairs of tensors, or not one label per image.
     """
+    batch_size = BATCH_SIZE if batch_size is None else batch_size
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
         images, labels = data
         if len(images) != len(labels):
