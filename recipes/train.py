@@ -2,7 +2,7 @@
 
 import sys
 
-from timm_fsr.cli.main import main
+from timm_fsr.cli.main import main  # before torch: the package bounds how long waiting threads spin
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -7,6 +7,8 @@ import os
 # Before the imports that read them; subprocesses of tests inherit both.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as timm_fsr does, which is imported after torch here
 
 import hashlib
 from collections.abc import Iterator

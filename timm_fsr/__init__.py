@@ -7,6 +7,9 @@ jsonargparse is imported when it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import timm_fsr.utils.openmp  # noqa: F401  (first: torch reads what it sets when it is loaded)
+
+# isort: split
 from timm_fsr.attacks.apgd import APGD
 from timm_fsr.attacks.base import attack_mode, register_attack
 from timm_fsr.attacks.pgd import FGSM, NFGSM, PGD

@@ -25,6 +25,7 @@ TINY = {
     "scaling": "--parts costs --rounds 1 --attack-steps 1 2 --image-sizes 8 16 --sites 0 1 --batches 2 4",
     "profile_step": "--model resnet_tiny_cifar --batch 2 --steps 1 --rounds 1",
     "startup": "--rounds 1 --warmup 0 --models resnet_tiny_cifar --more-layers 1",
+    "waiting_threads": "--rounds 1 --steps 1 --threads 1",
     "training_step": "--model resnet_tiny_cifar --batch 2 --steps 1 --rounds 1 --no-memory",
 }
 

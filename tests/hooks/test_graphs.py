@@ -78,6 +78,26 @@ def test_recorded_under_compile(network: Any, training: bool) -> None:
     still_a_model(model)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_recording_for_each_step_compiles_nothing_anew(network: Any) -> None:
+    model = with_fsr(network()).train()
+    compilations: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compilations.append(1)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    counts = []
+    for _ in range(6):
+        with timm_fsr.record(compiled, labels()) as tape:
+            tape.losses(compiled(images()))
+        compiled(images())
+        counts.append(len(compilations))
+    assert counts[-1] == counts[1], counts
+    assert counts[1] <= 4, counts
+
+
 def test_the_noise_is_fresh_in_each_compiled_pass() -> None:
     model = with_fsr(tiny_resnet()).train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from torch import nn
 
 import timm_fsr
 from timm_fsr.hooks.site import layer_groups
+from timm_fsr.utils.errors import UnsoundError
 
 
 @pytest.fixture
@@ -210,29 +212,84 @@ def test_gradients_of_some_rows_are_theirs_alone() -> None:
 CONVERSIONS = {
     "torch": nn.SyncBatchNorm.convert_sync_batchnorm,
     "timm": timm.layers.convert_sync_batchnorm,
+    "timm, split": lambda model: timm.layers.convert_splitbn_model(model, 2),
+    "timm, frozen": timm.layers.freeze_batch_norm_2d,
 }
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
-def test_a_conversion_that_replaces_the_module_is_noticed_and_healed(convert: Any) -> None:
-    if convert is CONVERSIONS["timm"]:
-        name, widths = "preact_resnet18_cifar", {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 8)}
-        model = with_fsr(timm.create_model(name, **widths)).eval()
-        assert model.fsr.sites[0].path == "norm"
-    else:
-        model = with_fsr(tiny_resnet(), at="bn1").eval()
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_conversion_that_replaces_the_module_is_noticed_and_healed(
+    convert: Any, recording: bool, tmp_path: Path
+) -> None:
+    model = with_fsr(tiny_resnet(), at="bn1").eval()
     expected = model(images())
-    model = convert(model)
-    with timm_fsr.record(model, labels()) as tape:
-        logits = model(images())
-    with pytest.raises(RuntimeError, match=r"did not fire; .* timm_fsr\.reattach\(model\)"):
-        tape.losses(logits)
+    model = convert(model).eval()
+    with (
+        pytest.raises(UnsoundError, match=r"'bn1' was left out .* timm_fsr\.reattach\(model\)"),
+        timm_fsr.record(model) if recording else contextlib.nullcontext(),
+    ):
+        model(images())
+    with pytest.raises(UnsoundError, match=r"timm_fsr\.reattach\(model\)"):
+        timm_fsr.save_pretrained(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
     for _ in range(2):  # a second time changes nothing
         assert timm_fsr.reattach(model) is model
         with timm_fsr.record(model, labels()) as tape:
             logits = model(images())
         tape.losses(logits)
         torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["preact_resnet18_cifar", "densenet121"])
+@pytest.mark.parametrize("convert", [CONVERSIONS["timm"], CONVERSIONS["timm, frozen"]], ids=["sync", "frozen"])
+def test_conversions_leave_default_sites_on_norms_in_place(name: str, convert: Any) -> None:
+    widths: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 8)}
+    if name == "densenet121":
+        widths = {"growth_rate": 4, "block_config": (1, 1)}
+    model = with_fsr(timm.create_model(name, num_classes=CLASSES, **widths)).eval()
+    (site,) = model.fsr.sites
+    assert (site.name, site.path) in [("norm", "norm.act"), ("features.norm5", "features.norm5.act")]
+    expected = model(images())
+    model = convert(model)
+    torch.testing.assert_close(model(images()), expected)
+    with timm_fsr.record(model, labels()) as tape:
+        tape.losses(model(images()))
+
+
+def test_a_conversion_that_forgets_the_activation_is_noticed() -> None:
+    """Torch's own knows nothing of timm's norms with an activation: what it makes never calls that."""
+    model = with_fsr(timm.create_model("densenet121", growth_rate=4, block_config=(1, 1))).eval()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(UnsoundError, match=r"'features\.norm5\.act' was left out"):
+        model(images())
+
+
+def test_the_check_of_silent_sites_leaves_partial_passes_alone() -> None:
+    model = with_fsr(tiny_resnet()).eval()
+    with timm_fsr.record(model) as tape:
+        model.forward_head(model.forward_features(images()))
+        assert list(tape) == ["layer4"]
+    model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(images())))))
+    with pytest.raises(RuntimeError, match="channels"):
+        model(images()[:, :1])
+    model(images())  # an exception leaves nothing behind
+
+
+@pytest.mark.parametrize("what", ["block", "root", "function"])
+def test_compiled_parts_raise_no_false_alarm(what: str) -> None:
+    model = with_fsr(tiny_resnet()).eval()
+    expected = model(images())
+    if what == "block":
+        model.layer4 = torch.compile(model.layer4, backend="eager")
+    elif what == "root":
+        model.compile(backend="eager")
+    else:
+        model.forward_features = torch.compile(model.forward_features, backend="eager")
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(images()), expected)
+    torch.compiler.reset()
 
 
 def test_reattach_keeps_weights_and_other_sites() -> None:

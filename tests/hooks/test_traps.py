@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_fsr
+from timm_fsr.hooks.site import layer_groups
 
 NETWORKS = [tiny_resnet, tiny_vit]
 
@@ -238,7 +239,7 @@ def test_features_carry_the_layer(backbone: TinyBackbone) -> None:
     x = backbone.images()
     features = timm.create_model(f"{backbone.name}_fsr", features_only=True, fsr_hidden=4, **options).eval()
     assert isinstance(features, FeatureGetterNet)
-    assert len(timm_fsr.hooks.tape.layer_groups(features)) == 1
+    assert len(layer_groups(features)) == 1
     layered = features(x)
     plain = timm_fsr.detach(features)(x)
     assert [tuple(f.shape) for f in layered] == [tuple(f.shape) for f in plain]

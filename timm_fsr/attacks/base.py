@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from timm_fsr.utils.overrides import overridden
 from timm_fsr.utils.registry import RegistrationError, Registry
 
 
@@ -145,30 +146,27 @@ def is_one_step(attack: Attack) -> bool:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode (running BN statistics, no noise, no dropout); training flags are restored one by one at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Eval mode (running BN statistics, no noise, no dropout); training flags are restored one by one at the end.
+
+    The model itself is changed, so that no other thread can train it meanwhile. Blocks of several threads get on, and
+    may end in any order: the flags come back with the last.
+
+    Raises:
+        RuntimeError: another thread wants modules of the model in training mode, as `noisy` does.
+    """
+    with overridden(((module, "training", False) for module in model.modules()), by=model.eval):
+        yield model
 
 
 @contextmanager
 def attack_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Eval mode (running BN statistics, no noise, no dropout) and frozen parameters while an attack runs.
 
-    Training flags and `requires_grad` are restored one by one at the end, also after an exception.
+    Training flags and `requires_grad` are restored one by one at the end, also after an exception. For threads the same
+    holds as for `eval_mode`.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        with eval_mode(model):
-            yield model
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+    with overridden((parameter, "requires_grad", False) for parameter in model.parameters()), eval_mode(model):
+        yield model
 
 
 def input_gradient(loss_fn: LossFunction, images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from timm_fsr.evaluation.examples import attack_picture
 from timm_fsr.models.pixel import as_pixel_model
 from timm_fsr.reports.report import Report
 from timm_fsr.training.options import AttackOptions, DataOptions, EvaluationOptions, ModelOptions, OptimOptions
+from timm_fsr.training.output import check_output
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.trainer import train
 from timm_fsr.utils.files import staged
@@ -50,25 +51,29 @@ def run_demo(output: str | Path, *, epochs: int | None = None, limit: int | None
     """Train both networks, compare them on the test images, and show what FSR does to attacked images.
 
     Args:
-        output: folder of the results; what an earlier demonstration left there is replaced.
+        output: folder of the results; what an earlier demonstration left there is replaced, and nothing else.
         epochs: of each training; None takes the recipe's.
         limit: at most so many training and test images; None takes all.
         seed: of everything random.
     """
     console = Console(highlight=False, soft_wrap=True)
     folder = Path(output)
+    if (folder / "attack.png").exists() and not (folder / "with_fsr" / "recipe.yaml").exists():
+        raise FileExistsError(f"{folder / 'attack.png'} is of no demonstration; choose another folder with --output")
     reports: dict[str, Report] = {}
     seconds: dict[str, float] = {}
-    recipes = {"without FSR": quickstart_recipe(None), "with FSR": quickstart_recipe("fsr")}
+    recipes = {
+        title: _adapted(quickstart_recipe(layer), folder / title.replace(" ", "_").lower(), epochs, limit, seed)
+        for title, layer in (("without FSR", None), ("with FSR", "fsr"))
+    }
+    for recipe in recipes.values():  # both, before the first one trains
+        check_output(recipe)
     for title, recipe in recipes.items():
         console.rule(f"adversarial training {title}")
-        run_folder = folder / title.replace(" ", "_").lower()
-        recipe = _adapted(recipe, run_folder, epochs, limit, seed)
         started = time.perf_counter()
         train(recipe)
         seconds[title] = time.perf_counter() - started
-        reports[title] = Report.load(run_folder / "report.json")
-        recipes[title] = recipe
+        reports[title] = Report.load(recipe.folder / "report.json")
     console.rule("result")
     console.print(comparison_table(reports, seconds))
     console.print(verdict(reports["with FSR"], reports["without FSR"]))

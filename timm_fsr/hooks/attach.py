@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from timm_fsr.hooks.placement import At, find_places, pretrained_cfg_of
-from timm_fsr.hooks.site import LayerGroup, Site
+from timm_fsr.hooks.site import HEARD, Heard, LayerGroup, Site
 from timm_fsr.layers import layer_class
 from timm_fsr.layers.base import check_layer_args
+from timm_fsr.layers.scope import RECORDINGS, innermost
+from timm_fsr.utils.errors import UnsoundError
 
 Model = TypeVar("Model", bound=nn.Module)
 _SITES = "_timm_fsr_sites"  # attribute of a hooked module: the sites it serves
@@ -45,7 +47,8 @@ def attach(
 
     Raises:
         ValueError: an unknown layer, argument or place; a place with no single spatial output, or that cannot reach
-            the logits; the layer is attached already; or the model is wrapped. The model is left as it was.
+            the logits; the layer is attached already; the model is wrapped, or being recorded. The model is left as it
+            was.
     """
     cls = layer_class(layer)
     args = dict(layer_args or {})
@@ -55,16 +58,20 @@ def attach(
         raise ValueError(
             f"the model has a member called {layer!r} already; call timm_fsr.detach(model) first to attach anew"
         )
-    places, stem = find_places(model, at, cls.default_at)
-    group = LayerGroup()
-    group.sites, group.stem = [], stem
-    num_classes = int(getattr(model, "num_classes", 0) or 0)
-    for index, place in enumerate(places):
-        new = cls(place.layout.channels, num_classes, **args)
-        new.take_place(index, len(places))
-        group[place.name.replace(".", "_")] = new
-        group.sites.append(Site(place.name, place.path, place.layout, new, group))
-    group.to(*_device_and_dtype(model)).train(model.training)
+    if innermost(RECORDINGS, model) is not None:
+        raise ValueError("record(model) is open, and would not hear the new layers; attach before it, or after its end")
+    with torch.inference_mode(False):  # inside it no gradient would tell places apart, and no layer could ever learn
+        places, stem = find_places(model, at, cls.default_at)
+        group = LayerGroup()
+        group.sites, group.stem = [], stem
+        num_classes = int(getattr(model, "num_classes", 0) or 0)
+        for index, place in enumerate(places):
+            new = cls(place.layout.channels, num_classes, **args)
+            new.take_place(index, len(places))
+            key = place.name.replace(".", "_")
+            group[key] = new
+            group.sites.append(Site(place.name, place.path, place.layout, key, group))
+        group.to(*_device_and_dtype(model)).train(model.training)
     group.base_architecture = pretrained_cfg_of(model).get("architecture")
     _register_first(model, layer, group)
     _hook(model, group)
@@ -130,7 +137,87 @@ def apply_sites(module: nn.Module, _: Any, output: Tensor) -> Tensor:
 def note_image_size(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Forward pre-hook of the module that first sees the image: tell the groups its height and width."""
     for group in getattr(module, _GROUPS):
-        group.image_size = (inputs[0].shape[-2], inputs[0].shape[-1])
+        group.note_image_size((inputs[0].shape[-2], inputs[0].shape[-1]))
+
+
+def begin_pass(root: nn.Module, _: Any) -> None:
+    """Forward pre-hook of the model: listen for its sites. Compiled and exported code is left alone."""
+    if not torch.compiler.is_compiling():
+        HEARD.set(Heard(root, HEARD.get()))
+
+
+def end_pass(root: nn.Module, _: Any, __: Any) -> None:
+    """Forward hook of the model: refuse logits that went past a feature layer.
+
+    Raises:
+        UnsoundError: a site was not called, as its module was replaced or is not run any more.
+    """
+    if torch.compiler.is_compiling():
+        return
+    heard = HEARD.get()
+    if heard is None or heard.root is not root:  # an outer part of this pass is compiled
+        return
+    HEARD.set(heard.outer)
+    for group in _own_groups(root).values():
+        for site in group.sites:
+            if site not in heard.sites and not site.compiled:
+                raise UnsoundError(_told_silent(site))
+
+
+def check_sites(model: nn.Module) -> None:
+    """Refuse a model in which a feature layer has lost its module to a conversion.
+
+    Raises:
+        UnsoundError: a module with a site was replaced.
+    """
+    root = _root(model)
+    for group in _own_groups(root).values():
+        for site in group.sites:
+            try:
+                module = root.get_submodule(site.path)
+            except AttributeError:
+                module = nn.Module()
+            if not any(site in vars(inner).get(_SITES, ()) for inner in module.modules()):
+                raise UnsoundError(_told_silent(site))
+
+
+def rebuilding_args(model: nn.Module) -> dict[str, Any]:
+    """The `_model_args` that build the layers which stand at the root now, whatever was attached once.
+
+    Raises:
+        ValueError: no arguments build them: they differ from site to site, or something else took a layer's place.
+    """
+    root = _root(model)
+    args = dict(getattr(root, "_model_args", {}))
+    for name, group in _own_groups(root).items():
+        args = {key: value for key, value in args.items() if not key.startswith(f"{name}_")}
+        resolved = group.sites[0].layer.resolved_args()
+        for index, site in enumerate(group.sites):
+            layer = site.layer
+            with torch.device("meta"):
+                fresh = layer_class(name)(site.layout.channels, int(getattr(root, "num_classes", 0) or 0), **resolved)
+                fresh.take_place(index, len(group.sites))
+            own = {key.replace("_orig_mod.", ""): value for key, value in layer.state_dict().items()}
+            if layer.resolved_args() != resolved or layer.name != name or _shapes(own) != _shapes(fresh.state_dict()):
+                raise ValueError(
+                    f"the {type(layer).__name__} at model.{name}[{site.key!r}] cannot be saved: timm_fsr.attach builds "
+                    f"{layer_class(name).__name__} with the same arguments at each site, and this is something else; "
+                    "put such a layer there (merge or unwrap adapters, save before quantisation)"
+                )
+        args |= {f"{name}_{key}": value for key, value in resolved.items()}
+    return args
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: getattr(value, "shape", None) for key, value in state.items()}
+
+
+def _told_silent(site: Site) -> str:
+    return (
+        f"the {site.layer.name} layer at {site.path!r} was left out of the forward pass: a conversion (such as "
+        "SyncBatchNorm's, or timm.utils.freeze) has replaced that module; call timm_fsr.reattach(model) after it, or "
+        "timm_fsr.detach(model) for the plain model"
+    )
 
 
 def _check_bare(model: nn.Module) -> None:
@@ -146,6 +233,9 @@ def _forget_compiled() -> None:
 
 
 def _hook(model: nn.Module, group: LayerGroup) -> None:
+    if begin_pass not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(begin_pass)
+        model.register_forward_hook(end_pass)
     for site in group.sites:
         module = model.get_submodule(site.path)
         _append_to(module, _SITES, site)
@@ -167,10 +257,13 @@ def _unhook(model: nn.Module) -> None:
         for hooks, function, attribute in (
             (module._forward_hooks, apply_sites, _SITES),
             (module._forward_pre_hooks, note_image_size, _GROUPS),
+            (module._forward_pre_hooks, begin_pass, None),
+            (module._forward_hooks, end_pass, None),
         ):
             for key in [key for key, hook in hooks.items() if hook is function]:
                 del hooks[key]
-            module.__dict__.pop(attribute, None)
+            if attribute:
+                module.__dict__.pop(attribute, None)
 
 
 def _register_first(model: nn.Module, name: str, group: LayerGroup) -> None:

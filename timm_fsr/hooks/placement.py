@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 
 from timm_fsr.hooks.layout import Layout, Size, measure
@@ -33,6 +34,7 @@ _LAST_FEATURE: dict[str, tuple[str, ...]] = {
 }
 # Classes whose tokens are in the order of the image in the last stage only.
 _SHUFFLED = ("Hiera",)
+_NORMS_WITH_ACT = (BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct)
 _BATCH = 2  # images in the probe
 # Operations by which a token sees others; a class token reads the spatial ones through nothing else.
 _MIXING = ("Bmm", "Baddbmm", "ScaledDotProduct", "Convolution")
@@ -297,12 +299,28 @@ def _picks_prefix(node: Any, prefix_tokens: int) -> bool:
 
 
 def _last_leaf(model: nn.Module, name: str) -> str:
-    """Descend plain Sequentials to the last child: under gradient checkpointing timm calls the children."""
-    module = _module(model, name)
-    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
-        child, module = list(module.named_children())[-1]
-        name = f"{name}.{child}"
-    return name
+    """The module that is hooked for the one called `name`, and has the same output.
+
+    Plain Sequentials give way to their last child: under gradient checkpointing timm calls the children. A BatchNorm
+    with an activation gives way to that, which conversions (SyncBatchNorm, freezing) hand on to the norm they make. A
+    BatchNorm without one, which they replace, gives way to the Sequential around it where that is one of several, which
+    checkpointing calls as a whole (ConvMixer).
+    """
+    module, around = _module(model, name), ""
+    while True:
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
+            child, module = list(module.named_children())[-1]
+        elif isinstance(module, _NORMS_WITH_ACT) and isinstance(module.act, nn.Module):
+            child, module = "act", module.act
+        elif around and isinstance(module, nn.BatchNorm2d) and isinstance(_parent(model, around), nn.Sequential):
+            return around
+        else:
+            return name
+        name, around = f"{name}.{child}", name
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

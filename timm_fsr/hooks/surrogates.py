@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from torch import nn
 
-from timm_fsr.hooks.site import layer_groups
+from timm_fsr.hooks.site import BYPASS, IDENTITY, layer_groups
 from timm_fsr.layers import FeatureLayer
+from timm_fsr.layers.scope import SURROGATES, opened
 from timm_fsr.utils.errors import unknown
+from timm_fsr.utils.overrides import overridden
 
 _STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-BYPASS, IDENTITY = "bypass", "identity"
 
 
 @contextmanager
 def surrogate(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Within it every layer that knows the surrogate `name` uses it.
+    """Within it every layer that knows the surrogate `name` uses it, in passes of this thread or task.
 
     Args:
         model: any module that contains a model with feature layers.
@@ -32,15 +33,9 @@ def surrogate(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """
     if name not in list_surrogates(model):
         raise ValueError(unknown("surrogate", name, list(list_surrogates(model))))
-    with ExitStack() as undo:
-        for group in layer_groups(model):
-            if name in (BYPASS, IDENTITY):
-                undo.callback(setattr, group, "surrogate", group.surrogate)
-                group.surrogate = name
-        for layer in feature_layers(model):
-            if name in layer.surrogates:
-                undo.callback(setattr, layer, "surrogate", layer.surrogate)
-                layer.surrogate = name
+    known = [layer for layer in feature_layers(model) if name in layer.surrogates]
+    groups = layer_groups(model) if name in (BYPASS, IDENTITY) else []
+    with opened(SURROGATES, [*groups, *_modules(known)], name):
         yield model
 
 
@@ -48,29 +43,28 @@ def surrogate(model: nn.Module, name: str) -> Iterator[nn.Module]:
 def noisy(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the feature layers are as random as in training, while all else stays as it is.
 
-    BatchNorm inside them goes on using its running statistics.
+    BatchNorm inside them goes on using its running statistics. The model itself is changed: other threads see it too.
+
+    Raises:
+        RuntimeError: another thread is inside `plain` or `attack_mode` of this model.
     """
-    with ExitStack() as undo:
-        for module in [module for layer in feature_layers(model) for module in layer.modules()]:
-            if not isinstance(module, _STATISTICS):
-                undo.callback(setattr, module, "training", module.training)
-                module.training = True
+    modules = [module for module in _modules(feature_layers(model)) if not isinstance(module, _STATISTICS)]
+    with overridden((module, "training", True) for module in modules):
         yield model
 
 
 @contextmanager
 def plain(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, also inside `surrogate` or `noisy`, the layers are themselves and deterministic."""
-    with ExitStack() as undo:
-        for group in layer_groups(model):
-            undo.callback(setattr, group, "surrogate", group.surrogate)
-            group.surrogate = None
-        for layer in feature_layers(model):
-            undo.callback(setattr, layer, "surrogate", layer.surrogate)
-            layer.surrogate = None
-            for module in layer.modules():
-                undo.callback(setattr, module, "training", module.training)
-                module.training = False
+    """Within it, also inside `surrogate` or `noisy`, the layers are themselves and deterministic.
+
+    Raises:
+        RuntimeError: another thread is inside `noisy` of this model.
+    """
+    modules = _modules(feature_layers(model))
+    with (
+        opened(SURROGATES, [*layer_groups(model), *modules], None),
+        overridden((module, "training", False) for module in modules),
+    ):
         yield model
 
 
@@ -82,5 +76,10 @@ def list_surrogates(model: nn.Module) -> tuple[str, ...]:
 
 
 def feature_layers(model: nn.Module) -> list[FeatureLayer]:
-    """Every feature layer anywhere inside `model`."""
+    """Every feature layer anywhere inside `model`; inside a wrapper that took its place, the one that is at work."""
     return [site.layer for group in layer_groups(model) for site in group.sites]
+
+
+def _modules(layers: list[FeatureLayer]) -> list[nn.Module]:
+    """Every module of the layers, each once; under a wrapper the layer itself is among them."""
+    return list(dict.fromkeys(module for layer in layers for module in layer.modules()))

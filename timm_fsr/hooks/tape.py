@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.hooks.site import LayerGroup, Site, layer_groups
+from timm_fsr.hooks.site import LayerGroup, Site
 from timm_fsr.layers.base import Aux
+from timm_fsr.layers.scope import RECORDINGS, opened
 from timm_fsr.utils.errors import UnsoundError
 
 
@@ -18,17 +20,28 @@ class Tape(Mapping[str, SimpleNamespace]):
     """What the sites had to say during the last forward pass inside `record`.
 
     A mapping from the site's name ("layer4") to its auxiliary tensors as attributes (`.mask`, (N, C, H, W)). Where
-    two kinds of layer share a place, the name is qualified ("fsr.layer4").
+    two kinds of layer share a place, the name is qualified ("fsr.layer4"); where two models inside the recorded module
+    do, also by the path of the model ("second.fsr.layer4").
     """
 
-    def __init__(self, groups: list[LayerGroup], labels: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, labels: Tensor | None) -> None:
         self.labels = labels
-        self._sites = [site for group in groups for site in group.sites]
-        self._aux: dict[str, tuple[Site, Aux]] = {}
+        named = [
+            (path.rpartition(".")[0], site)
+            for path, group in model.named_modules()
+            if isinstance(group, LayerGroup)
+            for site in group.sites
+        ]
+        short = Counter(_qualified(site) for _, site in named)
+        self._names = {
+            site: f"{root}.{_qualified(site)}" if root and short[_qualified(site)] > 1 else _qualified(site)
+            for root, site in named
+        }
+        self._aux: dict[Site, Aux] = {}
 
     def write(self, site: Site, aux: Aux) -> None:
         """Keep what `site` says; a later forward pass replaces it."""
-        self._aux[f"{site.layer.name}.{site.name}"] = (site, aux)
+        self._aux[site] = aux
 
     def losses(self, logits: Tensor, labels: Tensor | None = None, *, rows: slice | None = None) -> dict[str, Tensor]:
         """Auxiliary loss terms, each averaged over the sites of its layer: {"fsr.separation": scalar, ...}.
@@ -58,11 +71,11 @@ class Tape(Mapping[str, SimpleNamespace]):
     def recorded(self) -> list[tuple[Site, Aux]]:
         """Each site with its auxiliary tensors; UnsoundError as from `check_fired`."""
         self.check_fired()
-        return list(self._aux.values())
+        return list(self._aux.items())
 
     def check_fired(self) -> None:
         """Raise UnsoundError, naming the remedy, when a site has not been heard since the tape began."""
-        silent = [s for s in self._sites if f"{s.layer.name}.{s.name}" not in self._aux]
+        silent = [site for site in self._names if site not in self._aux]
         if silent:
             raise UnsoundError(
                 f"the {silent[0].layer.name} site at {silent[0].path!r} did not fire; run a forward pass inside "
@@ -71,15 +84,16 @@ class Tape(Mapping[str, SimpleNamespace]):
             )
 
     def __getitem__(self, name: str) -> SimpleNamespace:
-        matches = [aux for key, (site, aux) in self._aux.items() if name in (key, site.name)]
+        matches = [aux for site, aux in self._aux.items() if name in (self._names[site], _qualified(site), site.name)]
         if len(matches) != 1:
             reason = "is ambiguous" if matches else "has recorded nothing"
-            raise KeyError(f"site {name!r} {reason}; recorded: {', '.join(self._aux) or 'none'}")
+            heard = ", ".join(self._names[site] for site in self._aux) or "none"
+            raise KeyError(f"site {name!r} {reason}; recorded: {heard}")
         return SimpleNamespace(**matches[0])
 
     def __iter__(self) -> Iterator[str]:
-        names = [site.name for site, _ in self._aux.values()]
-        return iter(names if len(set(names)) == len(names) else list(self._aux))
+        names = [site.name for site in self._aux]
+        return iter(names if len(set(names)) == len(names) else [self._names[site] for site in self._aux])
 
     def __len__(self) -> int:
         return len(self._aux)
@@ -88,6 +102,8 @@ class Tape(Mapping[str, SimpleNamespace]):
 @contextmanager
 def record(model: nn.Module, labels: Tensor | None = None) -> Iterator[Tape]:
     """Record what the sites say during forward passes, in training or eval mode.
+
+    It belongs to the thread or task that opened it: passes of others are not on the tape.
 
     Under DDP leave `find_unused_parameters` False: it would take what only the tape holds for unused.
 
@@ -98,13 +114,12 @@ def record(model: nn.Module, labels: Tensor | None = None) -> Iterator[Tape]:
     Yields:
         The tape; of several forward passes it holds the last.
     """
-    groups = layer_groups(model)
-    tape = Tape(groups, labels)
-    with ExitStack() as undo:
-        for group in groups:
-            undo.callback(setattr, group, "tape", group.tape)
-            group.tape = tape
-        yield tape
+    with opened(RECORDINGS, model.modules(), Tape(model, labels)) as scope:
+        yield scope.value
+
+
+def _qualified(site: Site) -> str:
+    return f"{site.layer.name}.{site.name}"
 
 
 def _check_gradients(site: Site, losses: dict[str, Tensor]) -> None:

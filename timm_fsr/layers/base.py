@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from timm_fsr.layers.scope import CALL, SURROGATES, innermost
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.registry import Registry
 
@@ -27,9 +28,6 @@ class FeatureLayer(nn.Module):
         surrogates: names of the stand-ins for its gradients that the layer knows; an adaptive attack selects each of
             them in turn. "bypass" and "identity" are the sites' own and work for every layer. A layer whose arguments
             leave a stand-in without meaning takes it out of its own list.
-        surrogate: the one that is selected by `timm_fsr.hooks.surrogates.surrogate`; None is the layer itself.
-        wants_aux: set by the site before each forward pass: whether anybody will look at the auxiliary
-            outputs. A layer skips what only they need when it is False.
         attack_weight: weight of the layer's own term in what training attacks maximise; 0, the default, is none, and
             then nothing is recorded for it during the attack.
     """
@@ -37,9 +35,32 @@ class FeatureLayer(nn.Module):
     name: ClassVar[str]
     default_at: ClassVar[tuple[int | str, ...]] = (-1,)
     surrogates: tuple[str, ...] = ()
-    surrogate: str | None = None
-    wants_aux: bool = True
     attack_weight: float = 0.0
+    _wants_aux: bool = True
+    _surrogate: str | None = None
+
+    @property
+    def wants_aux(self) -> bool:
+        """Whether anybody will look at the auxiliary outputs. A layer skips what only they need when it is False."""
+        call = CALL.get()
+        return self._wants_aux if call is None else call.wants_aux
+
+    @wants_aux.setter
+    def wants_aux(self, wanted: bool) -> None:
+        self._wants_aux = wanted
+
+    @property
+    def surrogate(self) -> str | None:
+        """The stand-in that `timm_fsr.hooks.surrogates.surrogate` has selected; None is the layer itself."""
+        call = CALL.get()
+        if call is not None:
+            return call.surrogate
+        scope = innermost(SURROGATES, self)
+        return self._surrogate if scope is None else scope.value
+
+    @surrogate.setter
+    def surrogate(self, name: str | None) -> None:
+        self._surrogate = name
 
     def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Aux]:
         """Map `feature` (N, C, H, W) to a tensor of the same shape and dtype; works with `labels=None`.

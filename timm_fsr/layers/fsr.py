@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -172,4 +173,5 @@ class FSR(FeatureLayer):
     def _classify(self, aux: Aux, name: str, feature: Tensor) -> None:
         """Add the auxiliary logits of a part of the feature map to `aux`, if they are wanted."""
         if self.wants_aux and self.head is not None:
-            aux[f"{name}_logits"] = self.head(feature.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
+            dtype = getattr(self.head.weight, "dtype", torch.float32)  # a quantised layer's weight is no tensor
+            aux[f"{name}_logits"] = self.head(feature.mean(dim=(2, 3)).to(dtype)).float()

@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
 from torch import Tensor, nn
 
-from timm_fsr.hooks.attach import watch_classifier
+from timm_fsr.hooks.attach import check_sites, rebuilding_args, watch_classifier
 from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.layers import LAYERS, list_layers
@@ -97,12 +97,14 @@ def save_pretrained(
     Raises:
         ValueError: `timm.create_model` could not rebuild the model from its configuration, `dtype` would change it, or
             the recipe is none.
+        UnsoundError: a conversion has replaced the module that a feature layer sits on.
         OSError: the disk is full or the folder is not writable; what was there before is untouched.
     """
     written = _written_recipe(recipe, report)
     model = base_model(model)
     _check_rebuildable(model)
-    arguments = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in _NOT_SAVED}
+    check_sites(model)
+    arguments = {k: v for k, v in rebuilding_args(model).items() if k not in _NOT_SAVED}
     original = model._model_args if hasattr(model, "_model_args") else None
     folder = Path(folder)
     try:
@@ -434,7 +436,7 @@ def _is_card(path: Path) -> bool:
 def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as safetensors wants it: no memory shared, no channels-last strides."""
     state = model.state_dict()
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {key.replace("_orig_mod.", ""): value for key, value in state.items() if isinstance(value, Tensor)}
     return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
 

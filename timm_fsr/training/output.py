@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from rich.console import Console
 
+from timm_fsr.training.lock import check_unlocked
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import checkpoints_of
 from timm_fsr.utils.files import write_text
@@ -25,8 +28,10 @@ def check_output(recipe: Recipe) -> None:
     output = recipe.folder
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file, but results need a folder; choose another with --output")
+    check_unlocked(output)
     present = [name for name in _RESULTS if (output / name).exists()]
-    if not present or recipe.overwrite or (recipe.resume and "metrics.jsonl" in present):
+    ours = "metrics.jsonl" in present or _is_recipe(output / "recipe.yaml")
+    if not present or (recipe.overwrite and ours) or (recipe.resume and "metrics.jsonl" in present):
         return
     if "metrics.jsonl" in present:
         raise FileExistsError(
@@ -35,7 +40,7 @@ def check_output(recipe: Recipe) -> None:
         )
     raise FileExistsError(
         f"{output} holds {', '.join(present)}, which no run here has made and this one would replace; choose another "
-        "folder with --output, or replace them by --overwrite=true"
+        "folder with --output (--overwrite=true deletes only what a run has made)"
     )
 
 
@@ -71,6 +76,15 @@ def begin_output(recipe: Recipe, *, new: bool) -> None:
         else:
             path.unlink(missing_ok=True)
     write_text(folder / "recipe.yaml", dataclasses.replace(recipe, resume=False, overwrite=False).to_yaml())
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether a file is what `begin_output` has written: a recipe with every key."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(found, dict) and {field.name for field in dataclasses.fields(Recipe)} <= found.keys()
 
 
 def _check_nothing_is_lost(recipe: Recipe) -> None:

@@ -27,6 +27,7 @@ from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.pixel import PixelModel
 from timm_fsr.models.saving import save_pretrained, weights_digest
 from timm_fsr.training.accelerator import build_accelerator
+from timm_fsr.training.lock import reserved
 from timm_fsr.training.metrics import begin_tracking, check_trackers, describe, log_epoch
 from timm_fsr.training.objectives.base import Objective, unwrapped
 from timm_fsr.training.output import Snapshot, begin_output, check_output, find_snapshot
@@ -72,7 +73,8 @@ def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
         ValueError: something in the recipe cannot work; raised before training, as the next two are.
         FileNotFoundError: there is no such model or data.
         ModuleNotFoundError: a tracker or an attack needs a package that is not installed.
-        FileExistsError: the output folder holds a run, and neither `resume` nor `overwrite` is on.
+        FileExistsError: the output folder holds a run, and neither `resume` nor `overwrite` is on; or a run is going on
+            there.
         FloatingPointError: the loss became NaN or infinite; the state before is saved.
         InterruptedRunError: SIGTERM came; the state is saved.
         UnsoundError: the evaluation at the end cannot judge the model; the trained model is saved.
@@ -84,10 +86,11 @@ def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
     accelerator = build_accelerator(recipe)
     console = Console(quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     try:
-        snapshot = find_snapshot(recipe, accelerator, console)
-        begun = None if snapshot is None else snapshot[1]["identity"]["recipe"]
-        recipe = with_input_of_model(recipe, begun, console)
-        return Trainer.prepare(recipe, accelerator, console).fit(snapshot)
+        with reserved(recipe.folder, accelerator):
+            snapshot = find_snapshot(recipe, accelerator, console)
+            begun = None if snapshot is None else snapshot[1]["identity"]["recipe"]
+            recipe = with_input_of_model(recipe, begun, console)
+            return Trainer.prepare(recipe, accelerator, console).fit(snapshot)
     finally:
         accelerator.end_training()
 
