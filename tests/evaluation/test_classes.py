@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.streaming import stream_data
 from timm_fsr.evaluation.classes import in_order_of, match_classes, match_names, read_classes
 from timm_fsr.evaluation.corruptions import corruption_accuracy
 
@@ -162,6 +164,19 @@ class TestFigures:
         assert wrong.accuracy["clean"] < 1, "tensors are taken as they are"
         with pytest.raises(ValueError, match="the labels of tensors are taken as the model's outputs"):
             timm_fsr.evaluate(model, next(data.batches(5)), attacks=[], classes=KNOWN)
+
+    def test_images_that_are_decoded_as_they_are_needed(self, model, tmp_path):
+        """Their folders stand in another order than the model's outputs, and one class is missing."""
+        for name, level in (("emu", 2), ("cat", 0)):
+            (tmp_path / "test" / name).mkdir(parents=True)
+            grey = round(255 * (level + 1) / 20)
+            for number in range(2):
+                Image.new("RGB", (SIZE, SIZE), (grey,) * 3).save(tmp_path / "test" / name / f"{number}.png")
+        for data in (stream_data(tmp_path, "test", size=SIZE, workers=0), timm_fsr.load_data(tmp_path, "test")):
+            report = timm_fsr.evaluate(Brightness(3, KNOWN), data, attacks=[], batch_size=3)
+            assert report.accuracy["clean"] == 1.0
+            assert report.labels.tolist() == [0, 0, 2, 2]
+            assert any("does not have 1 of the model's 3 classes: 'dog'" in note for note in report.notes)
 
     def test_the_same_as_before_where_nothing_is_to_be_matched(self, model):
         data = pictures([0, 1, 2], KNOWN, [0, 1, 2])

@@ -6,15 +6,17 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.inference import Batches
 from timm_fsr.models.description import class_names, input_size, size_text
 from timm_fsr.models.pixel import base_model
+
+KindOfImages = TypeVar("KindOfImages", bound=Images)
 
 _SHOWN = 5
 _REMEDY = "if that is wrong, say with `classes` what the classes are"
@@ -44,8 +46,8 @@ class Match:
 
 
 def match_classes(
-    model: nn.Module, data: ImageData, classes: Sequence[str] | None = None
-) -> tuple[ImageData, tuple[str, ...]]:
+    model: nn.Module, data: KindOfImages, classes: Sequence[str] | None = None
+) -> tuple[KindOfImages, tuple[str, ...]]:
     """The data with its labels in the order of the model's outputs.
 
     Args:
@@ -75,7 +77,7 @@ def match_classes(
     labels = match.apply(data.labels)
     if match.classes == data.classes and torch.equal(labels, data.labels):
         return data, match.notes
-    return replace(data, labels=labels, classes=match.classes), match.notes
+    return replace(data, labels=labels, classes=match.classes), match.notes  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +100,15 @@ class Judged:
 
 
 def judged_data(model: nn.Module, data: Batches, classes: Sequence[str] | None = None) -> Judged:
-    """The labels of `ImageData` matched by name; other data as it is, for nothing tells what its labels are called.
+    """The labels of `ImageData` or `StreamedData` matched by name; other data as it is, as its labels have no names.
 
     Raises:
         ValueError: see `match_classes`; or `classes` are given for data whose labels have no names.
     """
-    if not isinstance(data, ImageData):
+    if not isinstance(data, Images):
         if classes is not None:
             raise ValueError(
-                "`classes` names what ImageData does not know, but the labels of tensors are taken as the model's "
+                "`classes` names what the data does not know, but the labels of tensors are taken as the model's "
                 "outputs; give what timm_fsr.load_data returns, or leave out `classes`"
             )
         return Judged(data, class_names(model))
@@ -244,7 +246,7 @@ def in_order_of(classes: Sequence[str] | None, source: nn.Module, name: str) -> 
     return InOrderOf(source, [known.index(label) for label in classes])
 
 
-def _size_notes(model: nn.Module, data: ImageData) -> Iterable[str]:
+def _size_notes(model: nn.Module, data: Images) -> Iterable[str]:
     size = input_size(model)
     if size is not None and size != data.image_size:
         yield (

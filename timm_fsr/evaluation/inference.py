@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from timm_fsr.attacks.base import attack_mode
-from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.model_checks import check_finite
 from timm_fsr.models.pixel import as_pixel_model, base_model, device_of
 
-Batches = ImageData | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+Batches = Images | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 BATCH_SIZE = 250
 
 
@@ -73,7 +73,7 @@ def clean_logits(model: nn.Module, data: Batches) -> tuple[Tensor, Tensor]:
 
 
 def as_batches(data: Batches, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an iterable, or a pair of tensors or `ImageData` cut into batches.
+    """The batches of an iterable, or a pair of tensors, `ImageData` or `StreamedData` cut into batches.
 
     Raises:
         ValueError: not pairs of tensors, or not one label per image.
@@ -84,7 +84,7 @@ def as_batches(data: Batches, batch_size: int | None = None) -> Iterator[tuple[T
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images have {len(labels)} labels; give one label per image")
         data = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    elif isinstance(data, ImageData):
+    elif isinstance(data, Images):
         data = data.batches(batch_size)
     for batch in data:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
