@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.attacks.base import attack_mode, eval_mode
+from timm_fsr.attacks.bn_folding import find_folding
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.hooks.surrogates import noisy, plain, surrogate
 
@@ -241,3 +242,36 @@ def test_modes_of_threads_that_contradict_each_other_are_refused() -> None:
         in_threads(lambda: contextlib.ExitStack().enter_context(noisy(copy.deepcopy(model))))
     in_threads(disturb)
     assert not any(module.training for module in model.modules())
+
+
+def test_folding_holds_in_its_own_thread() -> None:
+    """Others run the plain model at any moment, and several threads may fold it."""
+    model = with_fsr(tiny_resnet()).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 2)
+        folding = find_folding(model, images())
+        assert folding.pairs
+        expected = model(images())
+        with folding.applied():
+            folded = model(images())
+        assert not torch.equal(folded, expected), "rounding tells them apart"
+
+    def plainly() -> list[Tensor]:
+        with torch.no_grad():
+            return [model(images()) for _ in range(60)]
+
+    def fold() -> list[Tensor]:
+        found = []
+        with torch.no_grad():
+            for _ in range(60):
+                with folding.applied():
+                    found.append(model(images()))
+        return found
+
+    plain_ones, *folded_ones = in_threads(plainly, fold, fold)
+    assert all(torch.equal(one, expected) for one in plain_ones)
+    assert all(torch.equal(one, folded) for several in folded_ones for one in several)
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,7 @@ class Folding:
         """Within it the model computes what it computes in eval mode, whatever its mode, with the pairs folded.
 
         The folded weights are those of the moment of entry, and cannot be trained. Everything is restored at the end.
+        It holds in this thread alone: others run the model as it is.
         """
         with ExitStack() as undo:
             for conv, norm in self.pairs:
@@ -87,10 +89,9 @@ def find_folding(model: nn.Module, images: Tensor) -> Folding:
 
 @contextmanager
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Iterator[None]:
-    """One pair folded; what is replaced stands in the modules' dictionaries, as nobody else sees it there."""
-    weight, bias = conv._parameters["weight"], conv._parameters.get("bias")
+    """One pair folded for this thread; what is replaced stands in the modules' dictionaries, as nobody else sees it."""
+    weight, bias = conv.weight, conv.bias
     mean, variance = norm.running_mean, norm.running_var
-    assert weight is not None
     assert mean is not None
     assert variance is not None
     with torch.no_grad():
@@ -103,14 +104,49 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Iterator[None]:
             norm.weight,
             norm.bias,
         )
+    convolve = partial(_convolve, conv, new_weight.detach(), new_bias.detach())
+    with _forward_of_this_thread(conv, convolve), _forward_of_this_thread(norm, _rest(norm)):
+        yield
+
+
+def _convolve(conv: nn.Conv2d, weight: Tensor, bias: Tensor, feature: Tensor) -> Tensor:
+    return conv._conv_forward(feature, weight, bias)
+
+
+class _ByThread:
+    """A module's forward pass as each thread wants it; others get the module's own.
+
+    The backward pass of a GPU has a thread of its own: what it recomputes (gradient checkpointing) is what was computed
+    last.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.own: Callable[[Tensor], Tensor] = partial(type(module).forward, module)
+        self.wanted: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        found = self.wanted.get(threading.get_ident())
+        if found is None and torch._C._current_graph_task_id() != -1:
+            found = next(reversed(list(self.wanted.values())), None)
+        return (found or self.own)(feature)
+
+
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _forward_of_this_thread(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    thread = threading.get_ident()
+    with _LOCK:
+        by_thread = module.__dict__.setdefault("forward", _ByThread(module))
+        by_thread.wanted[thread] = forward
     try:
-        conv._parameters["weight"] = new_weight.detach().requires_grad_(False)  # type: ignore[assignment]
-        conv._parameters["bias"] = new_bias.detach().requires_grad_(False)  # type: ignore[assignment]
-        norm.__dict__["forward"] = _rest(norm)
         yield
     finally:
-        norm.__dict__.pop("forward", None)
-        conv._parameters["weight"], conv._parameters["bias"] = weight, bias
+        with _LOCK:
+            by_thread.wanted.pop(thread, None)
+            if not by_thread.wanted:
+                module.__dict__.pop("forward", None)
 
 
 def _rest(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
@@ -126,8 +162,13 @@ def _unchanged(feature: Tensor) -> Tensor:
 
 
 def _reads_alone(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Whether a pair that was found can still be folded: sites may have come since, or other code folded it."""
-    return not _has_hooks(conv) and _has_statistics(norm) and "forward" not in norm.__dict__
+    """Whether a pair that was found can still be folded: sites may have come since, or this thread folded it."""
+    return not _has_hooks(conv) and _has_statistics(norm) and _is_free(conv) and _is_free(norm)
+
+
+def _is_free(module: nn.Module) -> bool:
+    found = module.__dict__.get("forward")
+    return found is None or (isinstance(found, _ByThread) and threading.get_ident() not in found.wanted)
 
 
 def _has_hooks(module: nn.Module) -> bool:
