@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks import autoattack
 from timm_fsr.attacks.autoattack import (
     COMPONENTS,
-    NORMS,
+    AUTOATTACK_NORMS,
     VERSIONS,
     Component,
     implementation_version,
@@ -111,7 +111,7 @@ class TestTheOriginal:
         norm, version = run.split(".")
         images, labels = golden["images"][:4], golden["labels"][:4]
         with torch.random.fork_rng():
-            whole = AutoAttack(network, norm=NORMS[norm], eps=eps[norm], seed=0, version=version)
+            whole = AutoAttack(network, norm=AUTOATTACK_NORMS[norm], eps=eps[norm], seed=0, version=version)
             expected, _ = whole.run_standard_evaluation(images, labels, batch_size=4)
         torch.testing.assert_close(
             run_version(network, images, labels, norm, eps[norm], version), expected, rtol=0, atol=0

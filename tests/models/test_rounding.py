@@ -69,7 +69,7 @@ class TestRounding:
         model = network()
         reports = {"before": report_on(model), "after": report_on(timm_fsr.round_weights(model, dtype))}
         folder = tmp_path / "half"
-        timm_fsr.save_pretrained(model, folder, report=reports["after"], recipe=RECIPE, dtype=dtype)
+        timm_fsr.save_pretrained(model, folder, report=reports["after"], recipe=RECIPE, dtype=dtype, license="mit")
         record = json.loads((folder / "config.json").read_text())["timm_fsr"]
         assert record["dtype"] == str(dtype).removeprefix("torch.")
         assert record["sha256"] != weights_digest(model) == weights_digest(load(str(folder)))
@@ -77,7 +77,7 @@ class TestRounding:
         card = collect(folder, "user/name")["README.md"].decode()
         assert f"half precision ({record['dtype']})" in card
         assert record["sha256"][:16] in card
-        timm_fsr.save_pretrained(model, folder, report=reports["before"], recipe=RECIPE, dtype=dtype)
+        timm_fsr.save_pretrained(model, folder, report=reports["before"], recipe=RECIPE, dtype=dtype, license="mit")
         with pytest.raises(ValueError, match="about other weights"):
             collect(folder, "user/name")
 
