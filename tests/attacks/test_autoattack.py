@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks import autoattack
 from timm_fsr.attacks.autoattack import (
-    COMPONENTS,
     AUTOATTACK_NORMS,
+    COMPONENTS,
     VERSIONS,
     Component,
     implementation_version,
