@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def check_output(recipe: Recipe) -> None:
     output = recipe.folder
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file, but results need a folder; choose another with --output")
-    check_unlocked(output)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else the main process may have the lock for this one already
+        check_unlocked(output)
     present = [name for name in _RESULTS if (output / name).exists()]
     ours = "metrics.jsonl" in present or _is_recipe(output / "recipe.yaml")
     if not present or (recipe.overwrite and ours) or (recipe.resume and "metrics.jsonl" in present):
