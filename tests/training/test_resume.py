@@ -188,6 +188,35 @@ class TestTerminated:
             train(tiny(tmp_path, *flags))
         assert (tmp_path / "checkpoints" / "step-000000001").is_dir()
 
+    def test_ctrl_c_saves_as_well(self, whole, tmp_path, monkeypatch):
+        handler = signal.getsignal(signal.SIGINT)
+        with monkeypatch.context() as patch:
+            before_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(InterruptedRunError, match=r"by Ctrl-C after step 2 of epoch 2; the run is saved"):
+                train(tiny(tmp_path, *FLAGS))
+        assert (tmp_path / "checkpoints" / "step-000000005").is_dir()
+        assert signal.getsignal(signal.SIGINT) == handler
+        train(tiny(tmp_path, *FLAGS, "--resume=true"))
+        assert_same_end(whole, tmp_path)
+
+    def test_a_second_ctrl_c_ends_at_once(self, tmp_path, monkeypatch):
+        def twice() -> None:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        before_step(monkeypatch, 1, twice)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(tmp_path, *FLAGS))
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_the_exit_code_is_the_signals(self, tmp_path, monkeypatch, capsys, number, code):
+        before_step(monkeypatch, 1, lambda: os.kill(os.getpid(), number))
+        (tmp_path / "recipe.yaml").write_text(tiny(tmp_path / "run", *FLAGS).to_yaml())
+        assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == code
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert "the run is saved, go on with --resume=true" in error
+
     def test_the_command_says_so_and_exits_as_a_shell_expects(self, tmp_path, monkeypatch, capsys):
         before_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         recipe = tiny(tmp_path / "run", *FLAGS)

@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, 2 after printing what was wrong with the input, 130 after Ctrl-C, or 143 after a SIGTERM, as shells say it.
+        0, 2 after printing what was wrong with the input, 130 after Ctrl-C, or 143 after a SIGTERM, as shells say it; a
+        training saves first.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     listing = "\n".join(f"  {name:10}{about}" for name, (_, about) in _COMMANDS.items())
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _COMMANDS[command][0](given[1:] if command == "train" else rest)  # a recipe remembers what it needs
     except InterruptedRunError as stopped:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: {stopped}", markup=False)
-        return 143
+        return 128 + stopped.number  # 143 or 130, as shells say it
     except KeyboardInterrupt:
         text = f"timm-fsr {command}: interrupted; what was written so far is whole"
         Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

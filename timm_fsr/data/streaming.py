@@ -123,7 +123,7 @@ class StreamedData(Images):
             batch_sampler=(self.indices[places.cpu()].tolist() for places in chosen),
             num_workers=min(self.workers, _cores(), len(chosen)),
             collate_fn=_unchanged,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=_outlive_signals,
             pin_memory=torch.device(self.device).type == "cuda",
             generator=torch.Generator(),  # without one of its own it would draw from the global generator
         )
@@ -232,9 +232,10 @@ class _Samples(Dataset[Tensor]):
         return pixels_of(crop(picture, self.size, generator))
 
 
-def _outlive_sigterm(_worker: int) -> None:
-    """Leave SIGTERM to the training process: launchers send it to all, and torch takes a worker's death for a fault."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlive_signals(_worker: int) -> None:
+    """Leave SIGTERM and Ctrl-C to the training process: all get them, and torch takes a worker's death for a fault."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -28,7 +28,15 @@ _ACCURACY = {"clean": "train.clean_accuracy", "adversarial": "train.robust_accur
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was asked to stop (SIGTERM) and has saved a checkpoint to resume from."""
+    """The run was asked to stop, by SIGTERM or Ctrl-C, and has saved a checkpoint to resume from.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -182,26 +190,51 @@ def agreed(accelerator: Accelerator, broken: Tensor, stop: bool) -> tuple[bool, 
     return broken_anywhere, stop_anywhere
 
 
+class StopRequest:
+    """Whether this process was asked to stop; calling it says so.
+
+    Attributes:
+        number: the signal that asked; None if none has come.
+    """
+
+    number: int | None = None
+
+    def __call__(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
+
+    def error(self, where: str) -> InterruptedRunError:
+        """What ends the run, after it is saved; where another process was asked, as by SIGTERM."""
+        by = "Ctrl-C" if self.number == signal.SIGINT else "SIGTERM"
+        return InterruptedRunError(
+            f"stopped by {by} after {where}; the run is saved, go on with --resume=true",
+            signal.SIGTERM if self.number is None else self.number,
+        )
+
+
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Remember a SIGTERM instead of dying from it, while the block runs.
+def stop_requests() -> Iterator[StopRequest]:
+    """Remember a SIGTERM or Ctrl-C instead of dying from it, while the block runs; a second Ctrl-C ends at once.
 
     Yields:
-        A function that says whether one came: never outside of the main thread, where Python allows no handler.
+        Whether one came: never outside of the main thread, where Python allows no handler.
     """
-    came = threading.Event()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield request
         return
 
-    def note(_number: int, _frame: FrameType | None) -> None:
-        came.set()
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and request.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.number = number
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came.is_set
+        yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _metrics(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:

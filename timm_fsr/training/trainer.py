@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ from timm_fsr.training.state import (
     identity,
     scatter_sums,
 )
-from timm_fsr.training.step import InterruptedRunError, Step, StepResult, agreed, stop_requests
+from timm_fsr.training.step import InterruptedRunError, Step, StepResult, StopRequest, agreed, stop_requests
 from timm_fsr.training.validation import judge, validate
 from timm_fsr.utils.progress import bar
 
@@ -76,7 +76,7 @@ def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
         FileExistsError: the output folder holds a run, and neither `resume` nor `overwrite` is on; or a run is going on
             there.
         FloatingPointError: the loss became NaN or infinite; the state before is saved.
-        InterruptedRunError: SIGTERM came; the state is saved.
+        InterruptedRunError: SIGTERM or Ctrl-C came; the state is saved.
         UnsoundError: the evaluation at the end cannot judge the model; the trained model is saved.
     """
     recipe = Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else recipe
@@ -219,7 +219,7 @@ class Trainer:
         self.progress = Progress.load(values["progress"])
         self.sums = scatter_sums(tensors["sums"], self.accelerator)
 
-    def take_step(self, images: Tensor, labels: Tensor, *, stop_asked: Callable[[], bool] = lambda: False) -> None:
+    def take_step(self, images: Tensor, labels: Tensor, *, stop_asked: StopRequest | None = None) -> None:
         """Train on one batch of this process, already augmented.
 
         Args:
@@ -232,7 +232,7 @@ class Trainer:
                 happened too often in a row; the state before this step is saved.
             InterruptedRunError: a stop was asked for; the state after this step is saved.
         """
-        progress = self.progress
+        progress, stop_asked = self.progress, stop_asked or StopRequest()
         epoch, index = divmod(progress.step, self.steps_per_epoch)
         self.schedule.step_update(progress.step)
         result = self._step(epoch, index).take(images, labels, stop_asked=stop_asked)
@@ -245,10 +245,7 @@ class Trainer:
             self.ema.update(self.timm_model, step=progress.step if self.recipe.optim.ema_warmup else None)
         if result.stop:
             self.save_checkpoint()
-            raise InterruptedRunError(
-                f"stopped by SIGTERM after step {index + 1} of epoch {epoch + 1}; the run is saved, go on with "
-                "--resume=true"
-            )
+            raise stop_asked.error(f"step {index + 1} of epoch {epoch + 1}")
 
     def validate(self) -> dict[str, float]:
         """Accuracies of the judged model on the held-out images; see `validation.validate`."""
@@ -318,7 +315,7 @@ class Trainer:
             begin_output(self.recipe, new=new)
         begin_tracking(self.recipe, self.accelerator, lines=self.progress.lines)
 
-    def _train_epoch(self, stop_asked: Callable[[], bool]) -> None:
+    def _train_epoch(self, stop_asked: StopRequest) -> None:
         """Train on the rest of the current epoch's batches."""
         progress, options = self.progress, self.recipe
         done = progress.step - progress.epoch * self.steps_per_epoch
@@ -443,13 +440,11 @@ class Trainer:
         progress.counted = progress.skipped = 0
         progress.seconds = 0.0
 
-    def _check_stop(self, stop_asked: Callable[[], bool]) -> None:
-        """Raise InterruptedRunError if SIGTERM came after the last step; the whole epoch is saved by now."""
+    def _check_stop(self, stop_asked: StopRequest) -> None:
+        """Raise InterruptedRunError if SIGTERM or Ctrl-C came after the last step; the whole epoch is saved by now."""
         _, stop = agreed(self.accelerator, torch.zeros((), device=self.accelerator.device), stop_asked())
         if stop:
-            raise InterruptedRunError(
-                f"stopped by SIGTERM after epoch {self.progress.epoch}; the run is saved, go on with --resume=true"
-            )
+            raise stop_asked.error(f"epoch {self.progress.epoch}")
 
     def _conclude(self) -> nn.Module:
         """Evaluate the best model, and save the report and the plot."""
