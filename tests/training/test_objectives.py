@@ -180,7 +180,7 @@ class TestManners:
 
     def test_no_tape_stays_behind(self, model, objective):
         objective(model, Brighten(model), images(), labels())
-        assert all(group.tape is None for group in timm_fsr.hooks.tape.layer_groups(model))
+        assert all(group.tape is None for group in timm_fsr.hooks.site.layer_groups(model))
 
 
 # On two processes.
