@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     result = parser(__doc__, "data_loading")
     result.add_argument("--data", default=EMBEDDED, help="folder of Parquet files (default: the embedded subset)")
-    result.add_argument("--limit", type=int, help="at most so many images (default: all)")
+    result.add_argument("--limit", type=int, help="largest number of images (default: all)")
     result.add_argument("--batch", type=int, default=128, help="images of a loaded batch")
     result.add_argument("--rounds", type=int, default=3, help="timed rounds")
     result.add_argument("--demo-batch", type=int, default=128, help="images of a step of the demonstration's network")

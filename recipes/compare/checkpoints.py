@@ -10,8 +10,8 @@ The options of compare.py are options here too. In their order, and each only if
    share of the machine's peak that it reaches is measured (`speed.json`, `peak.json`). It gets a third of `--minutes`.
 2. The comparison (see compare.py), then the images per second of each training (`throughput.json`).
 3. For each method of `--release`: of its seeds, the one with the best robust accuracy on its *held-out* images (which
-   each seed draws anew), its weights rounded to half precision, and these attacked anew. Rounding that costs images of
-   the worst case beyond chance (McNemar's test) is given up. `hub/<architecture>.<objective>_<suffix>/` then has
+   each seed draws again), its weights rounded to half precision, and these attacked again. Rounding that costs images
+   of the worst case beyond chance (McNemar's test) is given up. `hub/<architecture>.<objective>_<suffix>/` then has
    weights, configuration, report, recipe and card, and `baseline.json` if the plain network was compared.
 4. `--pack 15`: everything but the states to resume from in one archive, in parts of at most 15 MiB, with checksums:
    `cat results.tar.* | tar x`, `sha256sum -c SHA256SUMS`. It is made whatever happened before, also after the minutes.
@@ -192,7 +192,7 @@ def tag(entry: Entry, base: Recipe, args: argparse.Namespace) -> str:
 def halved(
     model: Any, name: str, entry: Entry, report: Report, base: Recipe, args: argparse.Namespace
 ) -> tuple[Report, torch.dtype | None, dict[str, Any]]:
-    """Round the model's weights, in place, and attack it anew.
+    """Round the model's weights, in place, and attack it again.
 
     Returns:
         What is to be published: the report, of the rounded model or the original one, and the precision of its weights
@@ -266,7 +266,7 @@ def options() -> argparse.ArgumentParser:
     result.add_argument(
         "--official", type=Path, metavar="FOLDER", help="a checkout of the official code to time beside"
     )
-    result.add_argument("--pack", type=float, metavar="MIB", help="make an archive in parts of at most so many MiB")
+    result.add_argument("--pack", type=float, metavar="MIB", help="make an archive in parts of at most this many MiB")
     return result
 
 

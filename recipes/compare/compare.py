@@ -150,7 +150,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--against", nargs="+", default=[PLAIN], help="methods that each model is set against")
     options.add_argument("--output", type=Path, help="folder of the results; default: the configuration's")
     options.add_argument("--part", default="1/1", help="this shell's share of the models, such as 1/2")
-    options.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
+    options.add_argument("--minutes", type=float, help="stop after this time, to go on later")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return options
 

@@ -50,7 +50,7 @@ def pack(output: Path, size: float) -> None:
     """Put everything but what runs resume from into an archive, in parts, with their checksums.
 
     Args:
-        output: folder of the results; its folder "pack" is made anew.
+        output: folder of the results; its folder "pack" is made again.
         size: of a part at most, in MiB.
     """
     folder = output / "pack"

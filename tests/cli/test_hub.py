@@ -114,7 +114,7 @@ class TestPush:
         assert main(["card", str(saved), "us/toy"]) == 0
         assert main(["push", str(saved), "us/toy", "--dry-run", option.format(saved=saved)]) == 2
         name = option.split("=")[0].strip("-").replace("-", "_")
-        assert f"so {name} would be ignored; make it anew by timm-fsr card with them" in capsys.readouterr().err
+        assert f"so {name} would be ignored; make it again by timm-fsr card with them" in capsys.readouterr().err
 
     @pytest.mark.parametrize("name", ["noslash", "a/b/c", ""])
     @pytest.mark.parametrize("command", ["card", "push"])

@@ -355,7 +355,7 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ("value: 25.0", "value: 35.0", "of another evaluation"),
+            ("value: 25.0", "value: 35.0", "the card belongs to another evaluation"),
             ("library_name: timm", "library_name: transformers", "library_name"),
             ("license: apache-2.0\n", "", "license"),
             ("model-index:\n- name: tiny\n", "model-index:\n- name: [\n", "not valid"),
@@ -377,7 +377,7 @@ class TestCheck:
     )
     def test_results_are_more_than_their_values(self, tmp_path, old, new):
         found = bundle(tmp_path)
-        with pytest.raises(ValueError, match="of another evaluation"):
+        with pytest.raises(ValueError, match="the card belongs to another evaluation"):
             check_card(render_card(found, REPO).replace(old, new), found, REPO)
 
     @pytest.mark.parametrize("old", ["**25.0 %** stay", "| clean | 75.0 %", "75.0 % of the test images"])

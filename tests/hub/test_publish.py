@@ -225,7 +225,7 @@ class TestTrouble:
         assert set(hub.repos[repo].commits[-1].files) == {".gitattributes"}
 
     def test_metadata_that_the_hub_does_not_accept_leave_no_empty_repository(self, hub, client, repo, saved):
-        text = "nothing was pushed: make the card anew by timm-fsr card"
+        text = "nothing was pushed: make the card again by timm-fsr card"
         client.fails("ValueError", text, "push", str(saved), repo, license="licence-of-nowhere")
         assert repo not in hub.repos
 
@@ -353,7 +353,7 @@ class TestBundle:
 
     def test_the_card_of_another_evaluation(self, saved):
         (saved / "README.md").write_bytes(collect(saved, "owner/name")["README.md"].replace(b"75.0\n", b"95.0\n"))
-        with pytest.raises(ValueError, match="the card is of another evaluation"):
+        with pytest.raises(ValueError, match="the card belongs to another evaluation"):
             timm_fsr.push_to_hub(saved, "owner/name")
 
     def test_a_model_without_a_report(self):

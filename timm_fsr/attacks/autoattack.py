@@ -159,7 +159,7 @@ def _refuse_broken(gradient: Tensor) -> None:
 
 
 def usable(component: str, num_classes: int) -> bool:
-    """Whether a component's loss is defined for so many classes."""
+    """Whether a component's loss is defined for this number of classes."""
     return num_classes >= _NEEDED_CLASSES.get(component, 2)
 
 

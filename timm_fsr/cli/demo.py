@@ -20,7 +20,8 @@ from timm_fsr.cli.help import HelpFormatter
 from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.examples import attack_picture
 from timm_fsr.models.pixel import as_pixel_model
-from timm_fsr.reports.report import Report
+from timm_fsr.reports.comparison import mcnemar
+from timm_fsr.reports.report import WORST_CASE, Report
 from timm_fsr.training.options import AttackOptions, DataOptions, EvaluationOptions, ModelOptions, OptimOptions
 from timm_fsr.training.output import check_output
 from timm_fsr.training.recipe import Recipe
@@ -53,7 +54,7 @@ def run_demo(output: str | Path, *, epochs: int | None = None, limit: int | None
     Args:
         output: folder of the results; what an earlier demonstration left there is replaced, and nothing else.
         epochs: of each training; None takes the recipe's.
-        limit: at most so many training and test images; None takes all.
+        limit: the largest number of training and of test images; None takes all.
         seed: of everything random.
     """
     console = Console(highlight=False, soft_wrap=True)
@@ -96,15 +97,17 @@ def comparison_table(reports: dict[str, Report], seconds: dict[str, float]) -> T
     title = f"{first.conditions['data']}, {first.threat}, {first.count} test images, 95 % intervals"
     table = Table(title=escape(title))  # "[test]" would be taken for a colour
     table.add_column("trained", no_wrap=True)
-    for name in (*first.correct, "worst_case"):
+    names = (*first.correct, WORST_CASE)
+    for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column("time", justify="right")
     for title, report in reports.items():
-        values = {**report.accuracy, "worst_case": report.worst_case}
         cells = []
-        for name, value in values.items():
+        for name in names:
             low, high = report.interval(name)
-            cells.append(f"{100 * value:.1f} %\n{100 * low:.1f} - {100 * high:.1f}")  # fits 80 columns
+            cells.append(
+                f"{100 * report.accuracy_of(name):.1f} %\n{100 * low:.1f} - {100 * high:.1f}"
+            )  # fits 80 columns
         table.add_row(title, *cells, f"{seconds[title]:.0f} s")
     return table
 
@@ -114,16 +117,9 @@ def verdict(with_layer: Report, without: Report) -> str:
     for name, report in (("with", with_layer), ("without", without)):
         if report.collapsed:
             return f"The network trained {name} FSR cannot be compared: {report.collapsed}. {_CAUTION}"
-    ours, theirs = (r.correct["pgd20"] for r in (with_layer, without))
-    gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    gained, lost, distinguishable = mcnemar(without, with_layer, "pgd20")
     points = 100 * (gained - lost) / with_layer.count
-    # McNemar's test: under no difference, gains and losses are equally likely.
-    distinguishable = abs(gained - lost) > 1.96 * max(1, gained + lost) ** 0.5
-    meaning = (
-        "more than chance on these images explains"
-        if distinguishable
-        else "no more than chance on these images explains"
-    )
+    meaning = ("more" if distinguishable else "no more") + " than chance on these images explains"
     return (
         f"Under PGD-20, FSR is {points:+.1f} points against the same training without it ({gained} images gained, "
         f"{lost} lost): {meaning}. {_CAUTION}"
@@ -166,7 +162,7 @@ def demo_command(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--output", default="timm_fsr_demo", help="folder of the results")
     parser.add_argument("--epochs", type=int, help="of each training (default: 12)")
-    parser.add_argument("--limit", type=int, help="use at most so many training and test images (default: all)")
+    parser.add_argument("--limit", type=int, help="largest number of training and of test images (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     options = parser.parse_args(arguments)
     run_demo(options.output, epochs=options.epochs, limit=options.limit, seed=options.seed)

@@ -152,7 +152,9 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         "--checkpoint and timm's models, codepoint for models saved by timm_fsr)",
     )
     data.add_argument(
-        "--limit", type=int, help="evaluate so many images, balanced (default: as many as the model's report, else all)"
+        "--limit",
+        type=int,
+        help="evaluate this many images, balanced (default: as many as the model's report, else all)",
     )
     attack = parser.add_argument_group("attacks")
     attack.add_argument(
@@ -170,7 +172,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     attack.add_argument(
         "--attacked",
         metavar="FOLDER",
-        help="only try the images that another evaluation has saved (default: attack anew)",
+        help="only try the images that another evaluation has saved (default: run the attacks)",
     )
     attack.add_argument("--seed", type=int, default=0, help="of everything random in the attacks")
     attack.add_argument(
@@ -187,14 +189,14 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="IMAGES",
-        help="gather evidence of honest gradients on so many images",
+        help="images for the gradient masking checks",
     )
     results.add_argument(
         "--corruptions",
         type=int,
         default=0,
         metavar="IMAGES",
-        help="common corruptions, 15 in 5 severities, of so many",
+        help="images for common corruptions (15 kinds, 5 severities)",
     )
     parser.add_argument("--import", metavar="FILE_OR_MODULE", help=IMPORT_HELP)
     parser.add_argument("--device", type=_device, help=f"cpu, cuda, ... (default {_default_device()})")

@@ -38,7 +38,7 @@ class StreamedData(Images):
         mode: "L" for grey or "RGB".
         channels: 1 or 3 if that was asked for; None refuses a coloured image among grey ones.
         workers: processes that decode, at most one per processor core; 0 decodes in this process. The images do not
-            depend on it. They start anew for each pass, which takes seconds on systems that do not fork.
+            depend on it. They start again for each pass, which takes seconds on systems that do not fork.
         device: where batches go.
         named: see `Images`.
 

@@ -81,8 +81,8 @@ def assess(
         seed: of everything random.
         name: of the model.
         transfer_from: other models by name.
-        evidence_images: so many images, balanced, are used for the evidence of honest gradients; 0 leaves it out.
-        corruption_images: so many images, balanced, are corrupted in 15 ways and 5 severities; 0 leaves it out.
+        evidence_images: number of images, balanced, for the gradient masking checks; 0 leaves them out.
+        corruption_images: number of images, balanced, for 15 corruptions in 5 severities; 0 leaves them out.
         trained: the report that training has left beside the model; what chose the checkpoint is taken from it.
         overwrite: replace what the folder holds of another evaluation.
         save_images: keep the attacked images in the folder.

@@ -58,11 +58,11 @@ class Standing:
     """How far an evaluation is.
 
     Attributes:
-        images: so many are finished, on this process.
-        robust: so many of them were right clean and under every attack.
+        images: number of finished images, on this process.
+        robust: how many of them were right clean and under every attack.
         stage: what was run last, such as "autoattack: square".
         batch: images of the batch that is being attacked.
-        left: so many of these are still right clean and under every attack so far.
+        left: how many of these are still right clean and under every attack so far.
     """
 
     images: int
@@ -305,7 +305,7 @@ class _Work:
     def _same_attack(self, suite: Suite, stage: Stage, batch: str, clean: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) bool twice: the images that suites before attacked by this very stage, and those that it broke there.
 
-        Both are empty where the stage is to be run anew: as where attacked images are to be kept, which only the other
+        Both are empty where the stage is to be run again: as where attacked images are to be kept, which only the other
         suite has.
         """
         attacked, broken = torch.zeros_like(clean), torch.zeros_like(clean)

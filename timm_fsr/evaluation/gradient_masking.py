@@ -192,7 +192,7 @@ def _more(count: int, of: int) -> str:
 
 
 def _matters(count: int, of: int, factor: int = 1) -> bool:
-    """Whether so many images are more than a single one, which proves nothing, and than what is tolerated."""
+    """Whether this many images are more than a single one, which proves nothing, and more than is tolerated."""
     return count > max(1.0, factor * _TOLERANCE * of)
 
 

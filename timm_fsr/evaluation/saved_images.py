@@ -60,7 +60,7 @@ def save_attacked(
         index: of the batch.
         batch: to keep.
         of: names the suite with its parameters, and the clean batch.
-        stages: so many stages of the suite have been run on it.
+        stages: number of stages of the suite that have been run on it.
         classes: the names of the labels, if they are known.
     """
     metadata = {"of": of, "stages": str(stages), **({_CLASSES: json.dumps(list(classes))} if classes else {})}

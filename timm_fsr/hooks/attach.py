@@ -56,7 +56,7 @@ def attach(
     _check_bare(model)
     if hasattr(model, layer):
         raise ValueError(
-            f"the model has a member called {layer!r} already; call timm_fsr.detach(model) first to attach anew"
+            f"the model has a member called {layer!r} already; call timm_fsr.detach(model) first, then attach again"
         )
     if innermost(RECORDINGS, model) is not None:
         raise ValueError("record(model) is open, and would not hear the new layers; attach before it, or after its end")
@@ -102,7 +102,7 @@ def detach(model: Model) -> Model:
 
 
 def reattach(model: Model) -> Model:
-    """Hook the sites anew onto the modules that now stand at their paths, after a conversion replaced some.
+    """Hook the sites again, onto the modules that now stand at their paths, after a conversion replaced some.
 
     Returns:
         The same model.

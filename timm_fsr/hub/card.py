@@ -20,7 +20,7 @@ from timm_fsr.models.weights import RECORD
 from timm_fsr.reports.comparison import differences, layer_of, listed, mcnemar, same_keys
 from timm_fsr.reports.report import STRONG_ATTACKS, WORST_CASE, Report
 
-_ANEW = f"make it anew by timm-fsr card (FOLDER/{CARD} is pushed unchanged)"
+_AGAIN = f"make it again by timm-fsr card (FOLDER/{CARD} is pushed unchanged)"
 
 # What a baseline has to have in common with the model, by condition of their reports, and how a card calls that.
 _COMMON = {
@@ -84,7 +84,7 @@ def render_card(bundle: Bundle, repo_id: str, options: CardOptions | None = None
 
 
 def check_card(text: str, bundle: Bundle, repo_id: str) -> None:
-    """Refuse a card that the Hub would not understand, that is of another model, or whose figures are not the report's.
+    """Refuse a card that the Hub would not understand, of another model, or with figures that are not the report's.
 
     Words may be added to a generated card; its lines that have figures have to stay as they are.
 
@@ -94,28 +94,28 @@ def check_card(text: str, bundle: Bundle, repo_id: str) -> None:
     try:
         data: Any = ModelCard(text).data
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"the metadata of the card are not valid ({error}); {_ANEW}") from error
+        raise ValueError(f"the metadata of the card are not valid ({error}); {_AGAIN}") from error
     if data.get("library_name") != "timm" or not data.get("license"):
-        raise ValueError(f"the card's metadata lack library_name: timm or a license; {_ANEW}")
+        raise ValueError(f"the card's metadata lack library_name: timm or a license; {_AGAIN}")
     check_license(data.license)
     if not re.search(rf"hf-hub:{re.escape(repo_id)}(?![\w.-])", text):
-        raise ValueError(f"the card nowhere names hf-hub:{repo_id}, so it is of another repository; {_ANEW}")
+        raise ValueError(f"the card nowhere names hf-hub:{repo_id}, so it belongs to another repository; {_AGAIN}")
     expected, found = results(bundle), data.get("eval_results") or []
     if found != expected:
         differing = [str(result.metric_name) for result in expected if result not in found] or [
             "more results than those"
         ]
         raise ValueError(
-            f"the results in the card's metadata are not the report's ({', '.join(differing)}); the card is of another "
-            f"evaluation: {_ANEW}"
+            f"the results in the card's metadata are not the report's ({', '.join(differing)}); the card belongs to "
+            f"another evaluation: {_AGAIN}"
         )
     digest = str(bundle.config.get(RECORD, {}).get("sha256", ""))[:16]
     if digest not in text:
-        raise ValueError(f"the card does not name the SHA-256 of these weights ({digest}...); {_ANEW}")
+        raise ValueError(f"the card does not name the SHA-256 of these weights ({digest}...); {_AGAIN}")
     lines = _body(bundle, repo_id=repo_id, tag=None, license=data.license, started=None, baseline=None).splitlines()
     missing = [line for line in lines if " %" in line and line not in text.splitlines()]
     if missing:
-        raise ValueError(f"the card lacks this line, or has other figures in it: {missing[0]!r}; {_ANEW}")
+        raise ValueError(f"the card lacks this line, or has other figures in it: {missing[0]!r}; {_AGAIN}")
 
 
 def _body(bundle: Bundle, **given: Any) -> str:

@@ -147,7 +147,7 @@ def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None
     ignored = ", ".join(name for name, value in vars(options).items() if value is not None)
     if ignored and (folder / CARD).is_file():
         raise ValueError(
-            f"{folder} has a card, which is pushed unchanged, so {ignored} would be ignored; make it anew by timm-fsr "
+            f"{folder} has a card, which is pushed unchanged, so {ignored} would be ignored; make it again by timm-fsr "
             "card with them, or leave them out"
         )
     bundle = read_bundle(folder)
@@ -225,7 +225,7 @@ def _check_metadata(push: Push) -> None:
     except ValueError as error:
         raise ValueError(
             f"the Hub does not accept the card's metadata ({' '.join(str(error).split())}); nothing was pushed: "
-            "make the card anew by timm-fsr card"
+            "make the card again by timm-fsr card"
         ) from error
 
 

@@ -32,12 +32,12 @@ class CIFS(FeatureLayer):
     computed in the forward pass. The probe learns by `weight` * CE(z, y); training attacks maximise the main
     loss and `attack_weight` * CE(z, y), or under TRADES the KL divergence of z from the clean image's.
 
-    What the released code does otherwise: in it the mask is no function of f but of a detached copy. So it is here
-    in training mode (the probe's weights do learn through the mask), but in eval mode the mask has its true gradient,
-    lest attacks be misled; the surrogate "detached_mask" is the released gradient. The choice of the two classes has no
-    gradient: the surrogate "soft_rows" has that of twice the softmax of z in its place. The released code multiplies
-    the sum of main and auxiliary loss by 3 / (1 + beta), which is 1 at its beta of 2. Masks are of the order of
-    1 / C, there as here, and nothing scales them up. In training without labels a is the largest logit's class;
+    What the released code does otherwise: in it the mask is no function of f but of a detached copy. So it is here in
+    training mode (the probe's weights do learn through the mask), but in eval mode the mask has its true gradient, so
+    that attacks are not misled; the surrogate "detached_mask" is the released gradient. The choice of the two classes
+    has no gradient: the surrogate "soft_rows" has that of twice the softmax of z in its place. The released code
+    multiplies the sum of main and auxiliary loss by 3 / (1 + beta), which is 1 at its beta of 2. Masks are of the order
+    of 1 / C, there as here, and nothing scales them up. In training without labels a is the largest logit's class;
     without classes (`num_classes` 0) the layer does nothing.
 
     Args:

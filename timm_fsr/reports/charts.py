@@ -154,7 +154,7 @@ def heat_map(title: str, values: Sequence[Sequence[float]]) -> Markup:
 
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
-    """An empty figure of so many inches, by matplotlib's object interface: no window, no state between figures."""
+    """An empty figure of this size in inches, made without pyplot: no window, no state between figures."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout)
@@ -179,7 +179,7 @@ def _style() -> Any:
 
 
 def _chart(names: int, x_label: str, *, top: float) -> tuple[Figure, Axes]:
-    """A figure with room for the names of so many series, and axes whose vertical one goes from 0 to `top` percent."""
+    """A figure with room for this number of series names, and axes whose vertical one goes from 0 to `top` percent."""
     from matplotlib.ticker import PercentFormatter
 
     height = HEIGHT + _LEGEND_ROW * names

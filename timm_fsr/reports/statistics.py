@@ -163,7 +163,7 @@ def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
 
 
 def _at_most(successes: int, count: int, probability: float) -> float:
-    """The probability of at most so many successes in `count` trials."""
+    """The probability of at most this number of successes in `count` trials."""
     k = torch.arange(successes + 1, dtype=torch.float64)
     ways = math.lgamma(count + 1) - torch.lgamma(k + 1) - torch.lgamma(count - k + 1)
     logs = ways + k * math.log(probability) + (count - k) * math.log1p(-probability)

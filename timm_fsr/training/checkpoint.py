@@ -26,7 +26,7 @@ class Checkpoints:
 
     Attributes:
         folder: holds them; made when the first one is saved.
-        keep: so many of the newest stay.
+        keep: how many of the newest stay.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class Checkpoints:
             warn(f"the checkpoint {path} is not whole ({problem}); going back to the one before")
         if found:
             raise ValueError(
-                f"none of the {len(found)} checkpoint(s) in {self.folder} is whole; start the run anew with "
+                f"none of the {len(found)} checkpoint(s) in {self.folder} is whole; start the run again with "
                 "--overwrite=true"
             )
         return None

@@ -145,15 +145,15 @@ class DataOptions:
         size: side that images are scaled and cropped to; null takes that of the saved model that is fine-tuned, else
             keeps theirs.
         channels: 1 or 3; null likewise.
-        limit_train: use at most so many training images, balanced.
-        limit_test: use at most so many test images, balanced.
+        limit_train: largest number of training images, balanced.
+        limit_test: largest number of test images, balanced.
         held_out: training images held out, balanced, to choose the best checkpoint by robust accuracy.
         crop_padding: pixels of padding of the random crop.
         flip: mirror half of the training images.
         extra_source: further training images, such as generated ones, of the same classes; scaled like the others.
         extra_split: name of their split.
         extra_fraction: share of each batch that comes from them, between 0 and 1; an epoch stays as long as without.
-        extra_limit: use at most so many of them, balanced.
+        extra_limit: largest number of them, balanced.
         streamed: decode images when they are needed, with `workers` processes, instead of holding them all in memory;
             needs `size`. See `timm_fsr.data.streaming.stream_data` for what it keeps on the disk.
         workers: processes that decode streamed images, for each training process; 0 decodes in that one.
@@ -520,7 +520,7 @@ class EvaluationOptions:
             little stronger at equal steps.
         validation_steps: its steps.
         validate_every: epochs between validations; the last epoch is always validated.
-        patience: stop after so many validations without a better checkpoint; null trains to the end.
+        patience: stop after this many validations without a better checkpoint; null trains to the end.
         overfitting_alarm: with a one-step training attack, stop when robust accuracy (PGD) collapses while the
             accuracy under one step rises, which is catastrophic overfitting.
     """
@@ -551,7 +551,7 @@ class CheckpointOptions:
 
     Attributes:
         every_steps: steps between checkpoints; null saves at the end of each epoch alone, where one is always saved.
-        keep: so many of the newest stay.
+        keep: how many of the newest stay.
     """
 
     every_steps: int | None = None

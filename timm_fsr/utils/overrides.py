@@ -41,7 +41,9 @@ def overridden(settings: Iterable[Setting], *, by: Callable[[], object] | None =
     with _LOCK:
         for owner, name, value in settings:
             slot = _SLOTS.get((id(owner), name))
-            if slot is not None and any(by != thread and other != value for by, other in slot.wanted.values()):
+            if slot is not None and any(
+                owned_by != thread and other != value for owned_by, other in slot.wanted.values()
+            ):
                 raise RuntimeError(
                     f"another thread has set {name!r} of a {type(owner).__name__} of this model otherwise, as "
                     "attack_mode and noisy do for their while; give each thread its own copy.deepcopy(model)"
