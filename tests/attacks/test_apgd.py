@@ -259,3 +259,30 @@ class TestManners:
     def test_images_out_of_range(self):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
             APGD()(Slope(), GREY * 3)
+
+
+class TestStart:
+    """A run from given points, such as the best ones of another attack."""
+
+    def test_a_point_that_no_step_improves_is_kept(self):
+        """The loss rises with the mean: the start is the ball's highest point already."""
+        attack = APGD(eps=0.06, steps=5)
+        top = attack(Slope(), GREY)
+        found = attack(Slope(), GREY, start=top)
+        assert torch.allclose(found, top, atol=1e-6)
+
+    def test_it_never_ends_below_its_start(self, trained, batch):
+        images, labels = batch
+        loss_fn = lambda x: margin(trained(x), labels)  # noqa: E731
+        with attack_mode(trained), torch.no_grad():
+            first = APGD(eps=0.06, steps=10)(loss_fn, images, generator=torch.Generator().manual_seed(0))
+            before = first.clone()
+            again = APGD(eps=0.06, steps=10)(loss_fn, images, start=first)
+            assert torch.equal(first, before), "the given points are the caller's"
+            assert bool((loss_fn(again) >= loss_fn(first)).all())
+            assert bool((loss_fn(again) > loss_fn(first)).any())
+
+    def test_points_outside_the_ball_are_clipped_to_it(self):
+        far = torch.ones_like(GREY)
+        found = APGD(eps=0.1, steps=2)(lambda x: -x.mean(dim=(1, 2, 3)), GREY, start=far)
+        assert float((found - GREY).abs().max()) <= 0.1 + 1e-6

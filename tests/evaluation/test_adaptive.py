@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks.apgd import APGD
 from timm_fsr.attacks.base import attack_mode, input_gradient
+from timm_fsr.attacks.losses import margin
 from timm_fsr.attacks.pgd import PGD
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.model_checks import examine
@@ -142,6 +143,31 @@ class TestPlantedDefences:
 
     def test_an_honest_model_falls_to_pgd20_too(self):
         assert evaluate(honest(), data(), eps=EPS, attacks=["pgd20"]).accuracy["pgd20"] == 0
+
+
+class TestTargetedRestarts:
+    """The targeted stage goes on from the best point that it has found."""
+
+    def test_later_rounds_begin_at_the_best_point_of_those_before(self, monkeypatch):
+        model, (images, labels) = plain_toy(lambda d: d, 4).eval(), data()
+        calls: list[tuple[Tensor | None, Tensor]] = []
+        original = APGD.__call__
+
+        def spy(self: APGD, loss_fn: Any, images: Tensor, **options: Any) -> Tensor:
+            found = original(self, loss_fn, images, **options)
+            calls.append((options.get("start"), found))
+            return found
+
+        monkeypatch.setattr(APGD, "__call__", spy)
+        stage = adaptive._targeted_stage(APGD(eps=1e-4, steps=10), 4)  # too small a ball to break any
+        with attack_mode(model):
+            best = stage.run(model, images, labels, torch.Generator().manual_seed(0))
+        starts = [start for start, _ in calls]
+        assert starts[:3] == [None] * 3
+        assert len(starts) == 3 * (1 + adaptive._RESTARTS)
+        first = torch.stack([margin(model(found), labels) for _, found in calls[:3]])
+        assert torch.allclose(margin(model(starts[3]), labels), first.amax(dim=0))
+        assert bool((margin(model(best), labels) >= first.amax(dim=0)).all())
 
 
 class TestWhichApply:

@@ -119,6 +119,21 @@ class TestMaskedModel:
         assert "not repeatable" in texts(found, "warning")
 
 
+@pytest.mark.parametrize(
+    ("broken", "level", "follows"),
+    [(0, "ok", ""), (1, "ok", ""), (3, "note", "a single run overstates"), (5, "warning", "a rugged loss surface")],
+)
+def test_restarts_that_help_are_not_called_fine(monkeypatch, broken, level, follows):
+    """One image of 200 proves nothing; three are a figure to act upon, and five are masking."""
+    flags = torch.arange(200) >= 0
+    outcomes = iter([flags, torch.arange(200) >= broken])
+    monkeypatch.setattr(Subject, "robust_to", lambda *_: next(outcomes))
+    finding = timm_fsr.evaluation.gradient_masking._restarts_sweep(subject(), (1, 10))["findings"][0]
+    assert finding["level"] == level
+    assert follows in finding["text"]
+    assert (f"{broken} of 200 images ({broken / 2:.1f} %) more" if broken else "no more images") in finding["text"]
+
+
 class Rooted(Brightness):
     """A root of zero for images darker than a border: the same logits, and gradients of NaN."""
 
@@ -161,7 +176,7 @@ class TestSquare:
         assert (found["white_box"], found["after_square"]) == (25 / 30, 25 / 30)
         assert found["findings"][0]["level"] == "ok"
 
-    @pytest.mark.parametrize(("broken", "count", "level"), [(1, 30, "ok"), (2, 30, "warning"), (2, 200, "ok")])
+    @pytest.mark.parametrize(("broken", "count", "level"), [(1, 30, "ok"), (2, 30, "warning"), (2, 200, "note")])
     def test_one_image_proves_nothing(self, broken, count, level):
         (finding,) = self.gap(broken, count=count)["findings"]
         assert f"Square broke {broken} of {count} images ({100 * broken / count:.1f} %)" in finding["text"]

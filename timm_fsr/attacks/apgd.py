@@ -58,6 +58,7 @@ class APGD:
         *,
         generator: torch.Generator | None = None,
         judge: Judge | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Attack `images`.
 
@@ -68,6 +69,8 @@ class APGD:
             generator: of the random starts, on the images' device; torch's default generator when left out.
             judge: maps images to one value per image (N,). Where it is given, it decides which iterate is kept and
                 when steps are halved, and `loss_fn` only gives directions: for attacks that follow a surrogate.
+            start: where the first run begins, (N, C, H, W), such as the best point of another attack; it is clipped to
+                the ball. A random point of the ball's edge when left out.
 
         Returns:
             Adversarial images, detached, in [0, 1] and within eps of `images`: of each the iterate of highest value,
@@ -81,7 +84,7 @@ class APGD:
         images = images.detach()
         if self.eps == 0:
             return images.clone()
-        kept = self._run(loss_fn, judge, images, generator)
+        kept = self._run(loss_fn, judge, images, generator, start)
         for _ in range(self.restarts - 1):
             other = self._run(loss_fn, judge, images, generator)
             kept.update(other.attacked, other.found)
@@ -89,11 +92,18 @@ class APGD:
         return kept.result()
 
     def _run(
-        self, loss_fn: LossFunction, judge: Judge | None, images: Tensor, generator: torch.Generator | None
+        self,
+        loss_fn: LossFunction,
+        judge: Judge | None,
+        images: Tensor,
+        generator: torch.Generator | None,
+        start: Tensor | None = None,
     ) -> Kept:
         """The iterate to keep of each image."""
         ball = self._ball()
-        point = before = (images + self._start(images, generator)).clamp_(0, 1)
+        point = before = (
+            (images + self._start(images, generator)).clamp_(0, 1) if start is None else ball.project(start.detach().clone(), images)
+        )
         found, gradient = _judged_gradient(loss_fn, judge, point)
         value, ties = found.loss, judge is not None
         best, kept = _Best(point, value, gradient, ties=ties), Kept(point, found, ties=ties)

@@ -164,9 +164,14 @@ def _steps_sweep(subject: Subject, steps: Sequence[int]) -> dict[str, Any]:
     attack = PGD(norm=subject.norm, eps=subject.eps)
     flags = [subject.robust_to(replace(attack, steps=n), f"steps {n}") for n in steps]
     fewer, most = int(flags[len(flags) // 2].sum()), int(flags[-1].sum())
-    what = f"{steps[-1]} PGD steps instead of {steps[len(steps) // 2]} break {_more(fewer - most, len(flags[0]))}"
-    converged = not _matters(fewer - most, len(flags[0]))
-    finding = _fine(f"{what}: converged") if converged else _warn(f"{what}: fewer have not converged")
+    finding = _finding(
+        f"{steps[-1]} PGD steps instead of {steps[len(steps) // 2]} break {_more(fewer - most, len(flags[0]))}",
+        fewer - most,
+        len(flags[0]),
+        fine="converged",
+        note=f"PGD with {steps[len(steps) // 2]} steps overstates robust accuracy a little",
+        warning="fewer have not converged",
+    )
     return {"steps": list(steps), **_sweep(flags), "findings": [finding]}
 
 
@@ -176,8 +181,14 @@ def _restarts_sweep(subject: Subject, restarts: Sequence[int]) -> dict[str, Any]
     runs = [replace(attack, restarts=n) for n in restarts]
     flags = [subject.robust_to(run, "restarts") for run in runs]
     fall = int(flags[0].sum()) - int(flags[-1].sum())
-    what = f"{restarts[-1]} restarts of PGD-20 break {_more(fall, len(flags[0]))} than {restarts[0]}"
-    finding = _warn(f"{what}: a rugged loss surface") if _matters(fall, len(flags[0]), 2) else _fine(what)
+    finding = _finding(
+        f"{restarts[-1]} restarts of PGD-20 break {_more(fall, len(flags[0]))} than {restarts[0]}",
+        fall,
+        len(flags[0]),
+        note="a single run overstates robust accuracy by as much; rely on attacks with restarts or on the worst case",
+        warning="a rugged loss surface, on which single runs overstate robust accuracy; rely on the worst case",
+        factor=2,
+    )
     return {"restarts": list(restarts), **_sweep(flags), "findings": [finding]}
 
 
@@ -188,12 +199,21 @@ def _sweep(flags: list[Tensor]) -> dict[str, Any]:
 
 def _more(count: int, of: int) -> str:
     """How many images more an attack breaks; a negative count is chance."""
-    return f"{count} of {of} images more" if count > 0 else "no more images"
+    return f"{count} of {of} images ({100 * count / of:.1f} %) more" if count > 0 else "no more images"
 
 
-def _matters(count: int, of: int, factor: int = 1) -> bool:
-    """Whether this many images are more than a single one, which proves nothing, and more than is tolerated."""
-    return count > max(1.0, factor * _TOLERANCE * of)
+def _finding(
+    what: str, count: int, of: int, *, note: str, warning: str, fine: str = "", factor: int = 1
+) -> dict[str, str]:
+    """Fine up to a single image, which proves nothing; a note up to `factor` times the tolerance; else a warning.
+
+    `fine`, `note` and `warning` say what follows from `what`, the figure.
+    """
+    if count <= 1:
+        return _fine(f"{what}: {fine}" if fine else what)
+    if count <= factor * _TOLERANCE * of:
+        return {"level": "note", "text": f"{what}: {note}"}
+    return _warn(f"{what}: {warning}")
 
 
 def _noise(subject: Subject) -> dict[str, Any]:
@@ -208,13 +228,18 @@ def _noise(subject: Subject) -> dict[str, Any]:
         corners &= subject.right_on((subject.images + edge).clamp(0, 1), "noisy")
     attacked = subject.robust_to(PGD(norm=subject.norm, eps=subject.eps, steps=20), "noise")
     missed = int((attacked & ~(uniform & corners)).sum())
-    what = f"random noise breaks {missed} of {len(right)} images that PGD-20 missed"
-    doubtful = _matters(missed, len(right))
+    finding = _finding(
+        f"random noise breaks {missed} of {len(right)} images that PGD-20 missed",
+        missed,
+        len(right),
+        note="a single run of PGD-20 is not the strongest attack; rely on the worst case",
+        warning="its gradients are of little use",
+    )
     shares = {"clean": right, "uniform": uniform, "corners": corners, "pgd": attacked}
     return {
         **{name: _share(flags) for name, flags in shares.items()},
         "robust": attacked.tolist(),
-        "findings": [_warn(f"{what}: its gradients are of little use") if doubtful else _fine(what)],
+        "findings": [finding],
     }
 
 
@@ -236,12 +261,18 @@ def _square_gap(subject: Subject, square: Component, survivors: Tensor) -> dict[
         after[part] = predict(subject.model, square(subject.model, images, labels, classes), "Square's") == labels
     count, broken = len(white), int((white & ~after).sum())
     share = f" ({100 * broken / count:.1f} %)" if broken else ""
-    what = f"Square broke {broken} of {count} images{share} that every white-box attack of this evidence missed"
+    finding = _finding(
+        f"Square broke {broken} of {count} images{share} that every white-box attack of this evidence missed",
+        broken,
+        count,
+        note="robust accuracy without Square is overstated by as much; rely on attacks that include it",
+        warning="suspect masking",
+    )
     return {
         "white_box": _share(white),
         "after_square": _share(after),
         "broken_by_square_only": broken / count,
-        "findings": [_warn(f"{what}: suspect masking") if _matters(broken, count) else _fine(what)],
+        "findings": [finding],
     }
 
 

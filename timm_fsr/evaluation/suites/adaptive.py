@@ -34,6 +34,7 @@ JOINT_WEIGHTS = (0.1, 1.0, 10.0)
 _DRAWS = 10  # passes over which the attack averages the noise
 _FLIP_WEIGHT = 10.0
 _TARGETS = 9
+_RESTARTS = 1  # of the targeted runs
 
 SteerFunction = Callable[[nn.Module, Tensor, Tensor], LossFunction]
 
@@ -141,7 +142,13 @@ def _transfer(target: Target) -> Sequence[Suite]:
 
 
 def _steered(
-    attack: APGD, steer: SteerFunction, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+    attack: APGD,
+    steer: SteerFunction,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Follow the gradient of `steer`'s loss; the model itself, without surrogate or noise, judges each iterate."""
 
@@ -149,30 +156,40 @@ def _steered(
         with plain(model):
             return margin(model(candidate), labels)
 
-    return attack(anchored(steer(model, images, labels)), images, generator=generator, judge=judge)
+    return attack(anchored(steer(model, images, labels)), images, generator=generator, judge=judge, start=start)
 
 
 def _targeted_stage(attack: APGD, classes: int) -> Stage:
-    """One run towards each of the strongest wrong classes."""
+    """One run towards each of the strongest wrong classes, then more of them from the best point found so far."""
     count = min(_TARGETS, classes - 1)
 
     def run(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        adversarial = images.clone()
-        with torch.no_grad():
-            logits = model(images)
-        ranked = logits.scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
+        best, value = images.clone(), torch.full_like(images[:, 0, 0, 0], -torch.inf)
         left = torch.arange(len(images), device=images.device)
-        for rank in range(count):
-            steer = partial(_towards, targets=ranked[left, rank], classes=classes)
-            found = _steered(attack, steer, model, images[left], labels[left], generator)
-            adversarial[left] = found
-            with torch.no_grad():
-                left = left[model(found).argmax(dim=1) == labels[left]]
-            if len(left) == 0:
-                break
-        return adversarial
+        for restart in range(1 + _RESTARTS):
+            targets = _strongest_wrong_classes(model, best, labels)  # those at the best point, from the second round on
+            for rank in range(count):
+                if len(left) == 0:
+                    return best
+                steer = partial(_towards, targets=targets[left, rank], classes=classes)
+                start = best[left] if restart else None
+                found = _steered(attack, steer, model, images[left], labels[left], generator, start)
+                with torch.no_grad():
+                    logits = model(found)
+                reached = margin(logits, labels[left])
+                better = ~(reached <= value[left])  # NaN too: a point without a usable gradient has to be seen
+                best[left[better]], value[left[better]] = found[better], reached[better]
+                left = left[(logits.argmax(dim=1) == labels[left]) & ~reached.isnan()]
+        return best
 
-    return Stage("apgd-targeted", f"{attack!r} towards each of {count} wrong class(es)", run)
+    detail = f"{attack!r} towards each of {count} wrong class(es), then {_RESTARTS} time(s) from the best point so far"
+    return Stage("apgd-targeted", detail, run)
+
+
+@torch.no_grad()
+def _strongest_wrong_classes(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """(N, classes), the wrong classes first by falling logit, the true one last."""
+    return model(images).scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
 
 
 def _towards(model: nn.Module, _: Tensor, labels: Tensor, *, targets: Tensor, classes: int) -> LossFunction:
