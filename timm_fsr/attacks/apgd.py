@@ -101,9 +101,10 @@ class APGD:
     ) -> Kept:
         """The iterate to keep of each image."""
         ball = self._ball()
-        point = before = (
-            (images + self._start(images, generator)).clamp_(0, 1) if start is None else ball.project(start.detach().clone(), images)
-        )
+        if start is None:
+            point = before = (images + self._start(images, generator)).clamp_(0, 1)
+        else:
+            point = before = ball.project(start.detach().clone(), images)
         found, gradient = _judged_gradient(loss_fn, judge, point)
         value, ties = found.loss, judge is not None
         best, kept = _Best(point, value, gradient, ties=ties), Kept(point, found, ties=ties)
