@@ -39,6 +39,7 @@ from timm_fsr.models.weights import (
     verify_hub,
 )
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.files import staged
 from timm_fsr.utils.hub_errors import explained
@@ -523,8 +524,8 @@ def training_recipe(name: str, report: Report) -> Mapping[str, Any] | None:
     if not found:
         path = _find(resolve(name), RECIPE)
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
-        except (ValueError, yaml.YAMLError):
+            found = read_yaml(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+        except ValueError:
             return None
     return found if isinstance(found, Mapping) else None
 

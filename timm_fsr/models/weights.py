@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from timm.models._hub import hf_split
 from torch import Tensor, nn
 
 from timm_fsr.layers import FeatureLayer
+from timm_fsr.utils.documents import read_json
 from timm_fsr.utils.files import file_digest
 from timm_fsr.version import __version__
 
@@ -79,7 +79,7 @@ def read_config(folder: str | Path, source: str | None = None) -> dict[str, Any]
         raise FileNotFoundError(f"{path.parent} has no {CONFIG}, so it is no saved model; give {remedy}")
     source = source or str(path)
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json(path.read_bytes())
     except ValueError as error:
         raise damaged(source, error) from error
     if not isinstance(config, dict):
