@@ -31,6 +31,7 @@ from timm_fsr.models.weights import (
     CONFIG,
     RECORD,
     WEIGHTS,
+    check_finite_weights,
     damaged,
     make_record,
     read_config,
@@ -401,6 +402,8 @@ def _create(name: str, source: Mapping[str, Any], arguments: Mapping[str, Any]) 
                 f"the weights of {name} are missing, damaged, for another network or no plain tensors: "
                 f"{_one_line(error)}"
             ) from error
+    if arguments.get("pretrained") or arguments.get("pretrained_backbone") or arguments.get("checkpoint_path"):
+        check_finite_weights(model, f"the weights of {arguments.get('checkpoint_path') or name}")
     forget_other_classes(model)
     watch_classifier(model)
     return model

@@ -116,6 +116,29 @@ def _is_digest(record: Mapping[str, Any]) -> bool:
     return digest is None or (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None)
 
 
+def check_finite_weights(model: nn.Module, what: str) -> None:
+    """Refuse a model whose weights or saved statistics hold NaN or infinite numbers: it has no answers to judge.
+
+    Args:
+        model: the model.
+        what: the weights, as the subject of a sentence.
+
+    Raises:
+        ValueError: the message names the first of the tensors.
+    """
+    tensors = {name: found for name, found in model.state_dict().items() if isinstance(found, Tensor)}
+    broken = [
+        name
+        for name, found in tensors.items()
+        if found.is_floating_point() and not found.is_meta and not bool(torch.isfinite(found).all())
+    ]
+    if broken:
+        raise ValueError(
+            f"{what} hold NaN or infinite numbers (in {broken[0]}; {len(broken)} of {len(tensors)} tensors), so the "
+            "model has no answers; take an earlier checkpoint or train it again"
+        )
+
+
 @contextmanager
 def told_by_version(config: Mapping[str, Any], cache_dir: str | None = None) -> Iterator[None]:
     """Errors within it say so if the model comes from newer versions of timm_fsr or timm than these.
