@@ -114,10 +114,10 @@ def build_model(recipe: Recipe, data: Images, device: torch.device, processes: i
             f"{error}: set data.size to a side that it takes, or build it for this one where it has the argument "
             f"(model.args.img_size={data.image_size[1]})"
         ) from error
-    found = tuple(getattr(logits, "shape", ()))
-    if found != (1, data.num_classes):
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, data.num_classes):
         raise ValueError(
-            f"{recipe.model.name} returns {f'shape {found}' if found else type(logits).__name__} for one image, not one "
+            f"{recipe.model.name} returns {f'shape {shape}' if shape else type(logits).__name__} for one image, not a "
             f"logit for each of {data.num_classes} classes; correct model.args={recipe.model.args}"
         )
     check_finite_weights(timm_model, f"the first weights of {recipe.model.name}")
