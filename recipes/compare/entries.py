@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from timm_fsr.layers import layer_class
 from timm_fsr.training.recipe import Recipe
+from timm_fsr.utils.documents import read_yaml
 
 PLAIN, OWN, SAME = "none", "own", "same"
 SAME_PLACE = (-1,)
@@ -47,7 +46,7 @@ class Entry:
     def layer_args(self) -> dict[str, Any]:
         """Arguments that the method's name gives."""
         pairs = [pair.partition("=") for pair in filter(None, self.method.partition(":")[2].split(","))]
-        return {key: yaml.safe_load(value) for key, _, value in pairs}
+        return {key: read_yaml(value) for key, _, value in pairs}
 
     def beside(self, method: str) -> Entry:
         """The training of another method with the same objective and seed, at its own place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -94,6 +95,15 @@ def test_the_images_and_the_model_are_left_alone(attack_class, model):
     assert torch.equal(given, before)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(attack_class, value):
+    floats = [entry.name for entry in dataclasses.fields(attack_class) if "float" in str(entry.type)]
+    assert "eps" in floats
+    for key in floats:
+        with pytest.raises(ValueError, match=f"{key}={value}"):
+            attack_class(**{key: value})
 
 
 def test_images_that_are_no_pixels_are_refused(attack_class, model):

@@ -189,6 +189,17 @@ def test_arguments_are_plain_and_survive_json(layer: FeatureLayer, name: str) ->
     assert json.loads(json.dumps(layer.resolved_args())) == defaults
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    """By the layer itself, whoever builds it, and by whoever checks arguments beforehand."""
+    cls = layer_class(name)
+    for key in [key for key, default in layer_defaults(cls).items() if isinstance(default, float)]:
+        with pytest.raises(ValueError, match=f"{key}={value}"):
+            cls(CHANNELS, CLASSES, **{key: value})
+        with pytest.raises(ValueError, match=f"{key}={value} of the feature layer '{name}' must be a finite number"):
+            check_layer_args(cls, {key: value})
+
+
 def test_the_paper_s_place_is_a_tuple(name: str) -> None:
     assert isinstance(layer_class(name).default_at, tuple)
     assert layer_class(name).default_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,14 @@ class TestTerms:
     def test_bad_label_smoothing_is_refused(self, objective, smoothing):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
             type(objective)(label_smoothing=smoothing)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_numbers_that_are_not_finite_are_refused(self, objective, value):
+        keys = [e.name for e in dataclasses.fields(objective) if e.init and "float" in str(e.type)]
+        assert "label_smoothing" in keys
+        for key in keys:
+            with pytest.raises(ValueError, match=f"{key}={value}"):
+                type(objective)(**{key: value})
 
     @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
     @pytest.mark.parametrize(

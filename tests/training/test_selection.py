@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from timm_fsr.training.state import Selection
+from timm_fsr.training.validation import judge
 
 
 def after(*found: tuple[float, float]) -> Selection:
@@ -46,6 +49,47 @@ class TestBest:
         found = [(0.3, 0.5), (0.2, 0.5), (0.3, 0.5), (0.3, 0.4)]
         assert [after(*found[:count]).stale for count in range(5)] == [0, 0, 1, 2, 3]
         assert after(*found, (0.31, 0.1)).stale == 0
+
+
+class TestModelsThatDoNotWork:
+    def test_any_model_that_works_is_better(self):
+        """One class for all images has a robust accuracy of its share, which a weak model that works may not have."""
+        selection = Selection()
+        assert selection.update(1, 0.1, 0.1, works=False) is True, "the only one so far"
+        assert selection.update(2, 0.05, 0.4) is True
+        assert selection.update(3, 0.1, 0.1, works=False) is False
+        assert (selection.epoch, selection.robust, selection.works, selection.stale) == (2, 0.05, True, 1)
+
+    def test_while_none_works_the_better_one_is_kept(self):
+        selection = Selection()
+        found = [selection.update(epoch, *pair, works=False) for epoch, pair in enumerate([(0.1, 0.1), (0.2, 0.2)], 1)]
+        assert found == [True, True]
+        assert selection.update(3, 0.2, 0.2, works=False) is False
+
+    @pytest.mark.parametrize("pair", [(math.nan, 0.5), (0.9, math.nan), (math.nan, math.nan)])
+    def test_a_nan_is_below_all(self, pair):
+        selection = Selection()
+        selection.update(1, 0.0, 0.1)
+        assert selection.update(2, *pair) is False
+        assert (selection.epoch, selection.stale) == (1, 1)
+        first = Selection()
+        assert first.update(1, *pair) is True
+        assert first.update(2, 0.0, 0.0, works=False) is True
+        assert first.epoch == 2
+
+    def test_a_checkpoint_of_before_is_of_a_model_that_works(self):
+        """As nobody knows better; only what is worse by accuracy, or does not work, is refused then."""
+        selection = Selection(**{"robust": 0.3, "clean": 0.5, "one_step": None, "epoch": 4, "stale": 0})
+        assert selection.update(5, 0.9, 0.9, works=False) is False
+        assert selection.update(6, 0.4, 0.4) is True
+
+    def test_a_validation_says_so(self):
+        clean, robust = "held_out.clean_accuracy", "held_out.robust_accuracy"
+        selection = Selection()
+        assert judge({clean: 0.4, robust: 0.05}, selection, epoch=1, patience=None) == (True, "")
+        found = {clean: 0.1, robust: 0.1, "held_out.collapsed": 1.0}
+        assert judge(found, selection, epoch=2, patience=None) == (False, "")
+        assert selection.epoch == 1
 
 
 class TestCollapse:

@@ -20,7 +20,7 @@ from timm_fsr.hub.publish import collect, push_to_hub
 from timm_fsr.models.conversion import PLAIN, convert_checkpoint, read_foreign
 from timm_fsr.models.pretrained import CARD, REPORT, Pretrained, list_pretrained
 from timm_fsr.models.saving import save_pretrained
-from timm_fsr.models.weights import CONFIG
+from timm_fsr.models.weights import CONFIG, check_finite_weights
 from timm_fsr.reports.report import STRONG_ATTACKS, Report
 from timm_fsr.utils.files import staged, write_text
 
@@ -148,6 +148,7 @@ def convert_command(arguments: Sequence[str]) -> None:
     if (Path(options.output) / CONFIG).exists() and not options.overwrite:
         raise ValueError(f"{options.output} holds a model already; choose another folder or add --overwrite")
     model: Any = convert_checkpoint(read_foreign(options.file), options.arch, mean=options.mean, std=options.std)
+    check_finite_weights(model, f"the weights of {options.file}")
     save_pretrained(model, options.output)
     _tell_conversion(model, options.output)
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from timm_fsr.data.decoding import Rows, check_range, mode_of
+from timm_fsr.data.decoding import CHUNK, Rows, check_range, mode_of
 from timm_fsr.data.sources import open_rows
+from timm_fsr.utils.memory import check_memory
 from timm_fsr.utils.random import derive_generator
 
 if TYPE_CHECKING:
@@ -240,9 +241,10 @@ def load_data(
         class_order=class_order,
     )
     chosen = choose(rows, tuple(classes) if classes else None, limit)
-    images = rows.decode(chosen.indices.tolist(), size=box, channels=channels, progress=progress)
     first = rows.read(chosen.indices[:1].tolist())
     stored = (1 if mode_of(first) == "L" else 3, first[0].height, first[0].width)
+    _check_fits(chosen, (channels or stored[0], *(box or stored[1:])))
+    images = rows.decode(chosen.indices.tolist(), size=box, channels=channels, progress=progress)
     return ImageData(images, chosen.labels, chosen.classes, chosen.name, chosen.named, stored)
 
 
@@ -287,6 +289,17 @@ def check_format(size: tuple[int, int] | None, channels: int | None) -> None:
         raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); leave it out to keep what images have")
     if size is not None and min(size) < 1:
         raise ValueError(f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it")
+
+
+def _check_fits(chosen: Chosen, image_size: tuple[int, int, int]) -> None:
+    """Refuse images that the memory cannot hold: all of them decoded, and the pictures of one chunk."""
+    channels, height, width = image_size
+    count = len(chosen.indices)
+    check_memory(
+        (count + min(count, CHUNK)) * channels * height * width,
+        f"{count} images of {channels}x{height}x{width} pixels ({chosen.name})",
+        "choose a smaller size or a limit, or let a recipe decode them as they are needed (data.streamed=true)",
+    )
 
 
 def _split_indices(labels: Tensor, held_out: int | float, *, seed: int, name: str) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,8 @@ def open_rows(
     if class_order not in CLASS_ORDERS:
         raise ValueError(unknown("class_order", class_order, list(CLASS_ORDERS)))
     path = Path(source).expanduser()
+    if config is not None and (source == EMBEDDED or path.exists() or glob.has_magic(source)):
+        raise ValueError(f"config={config!r} is for data sets of the Hub, and {source} is none; leave it out")
     if path.suffix == ".npz":
         return _npz_rows(path, split)
     if source != EMBEDDED and path.is_dir() and any(path.glob("*" + IDX_IMAGES)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from timm_fsr.hooks.placement import At, find_places, pretrained_cfg_of
 from timm_fsr.hooks.site import HEARD, Heard, LayerGroup, Site
 from timm_fsr.layers import layer_class
-from timm_fsr.layers.base import check_layer_args
+from timm_fsr.layers.base import FeatureLayer, check_layer_args
 from timm_fsr.layers.scope import RECORDINGS, innermost
 from timm_fsr.utils.errors import UnsoundError
+from timm_fsr.utils.memory import check_memory
 
 Model = TypeVar("Model", bound=nn.Module)
 _SITES = "_timm_fsr_sites"  # attribute of a hooked module: the sites it serves
@@ -65,6 +66,7 @@ def attach(
         group = LayerGroup()
         group.sites, group.stem = [], stem
         num_classes = int(getattr(model, "num_classes", 0) or 0)
+        _check_size(cls, [place.layout.channels for place in places], num_classes, args)
         for index, place in enumerate(places):
             new = cls(place.layout.channels, num_classes, **args)
             new.take_place(index, len(places))
@@ -78,6 +80,19 @@ def attach(
     _describe(model, layer, group)
     _forget_compiled()
     return model
+
+
+def _check_size(cls: type[FeatureLayer], widths: Sequence[int], num_classes: int, args: Mapping[str, Any]) -> None:
+    """Refuse layers for feature maps of these `widths` that no memory holds; on the meta device they cost nothing."""
+    given = ", ".join(f"{key}={value}" for key, value in args.items())
+    remedy = f"change the layer's arguments ({given or 'the defaults'}), or attach it in fewer or narrower places"
+    try:
+        with torch.device("meta"):
+            layers = nn.ModuleList(cls(channels, num_classes, **args) for channels in widths)
+    except RuntimeError as error:  # more bytes than a number can say
+        raise ValueError(f"feature layers {cls.name!r} of this size cannot be built; {remedy}") from error
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in (*layers.parameters(), *layers.buffers()))
+    check_memory(needed, f"feature layers {cls.name!r} of this size", remedy)
 
 
 def detach(model: Model) -> Model:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from timm_fsr.models.pretrained import RECIPE, REPORT
 from timm_fsr.models.weights import CONFIG, WEIGHTS, read_config
 from timm_fsr.reports.comparison import RECIPE_KEYS
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.registry import is_file_name
 
 _PATH = re.compile(
@@ -137,9 +136,9 @@ def _shown(path: str) -> str:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); save the model again") from error
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); save the model again") from error
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} is damaged: it holds no keys and values; save the model again")
     return found

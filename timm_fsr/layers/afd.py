@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.base import Aux, FeatureLayer, check_weights, register_layer
 from timm_fsr.layers.common import auxiliary_logits, strongest_wrong_class
 
 
@@ -51,11 +51,7 @@ class Disentangler(FeatureLayer):
         self, channels: int, num_classes: int, *, confusion_weight: float = 0.05, separation_weight: float = 0.25
     ) -> None:
         super().__init__()
-        if min(confusion_weight, separation_weight) < 0:
-            raise ValueError(
-                f"confusion_weight={confusion_weight}, separation_weight={separation_weight}: loss weights must be 0 "
-                "or more"
-            )
+        check_weights(confusion_weight=confusion_weight, separation_weight=separation_weight)
         self.channels = channels
         self.confusion_weight = confusion_weight
         self.separation_weight = separation_weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -138,7 +139,7 @@ def layer_defaults(layer: type[FeatureLayer]) -> dict[str, Any]:
 
 
 def check_layer_args(layer: type[FeatureLayer], args: Mapping[str, Any]) -> None:
-    """Refuse arguments that `layer` does not have, or of another type than their default's.
+    """Refuse arguments that `layer` does not have, of another type than their default's, or NaN or infinite.
 
     Raises:
         ValueError: an unknown argument (the message names the nearest), or a value such as "1e-3" for a float.
@@ -150,6 +151,29 @@ def check_layer_args(layer: type[FeatureLayer], args: Mapping[str, Any]) -> None
         if not _same_type(value, defaults[key]):
             kind = type(defaults[key]).__name__
             raise ValueError(f"{layer.name!r} takes {key} as {kind} (default {defaults[key]!r}), not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value} of the feature layer {layer.name!r} must be a finite number")
+
+
+def check_weights(**weights: float) -> None:
+    """Refuse weights of loss terms, by their arguments' names, that are negative, infinite or NaN.
+
+    Raises:
+        ValueError: one of them is.
+    """
+    for key, value in weights.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{key}={value}: loss weights must be 0 or more, and finite")
+
+
+def check_temperature(tau: float) -> None:
+    """Refuse a temperature that is not positive, infinite or NaN.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau={tau} must be positive and finite: it divides the mask's logits")
 
 
 def check_choice(layer: type[FeatureLayer], key: str, value: str, choices: Iterable[str]) -> None:

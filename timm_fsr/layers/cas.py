@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.base import Aux, FeatureLayer, check_weights, register_layer
 from timm_fsr.layers.common import auxiliary_logits, prediction_losses, with_gradient_of
 
 
@@ -50,8 +50,7 @@ class CAS(FeatureLayer):
 
     def __init__(self, channels: int, num_classes: int, *, weight: float = 2.0, attack_weight: float = 2.0) -> None:
         super().__init__()
-        if min(weight, attack_weight) < 0:
-            raise ValueError(f"weight={weight}, attack_weight={attack_weight}: loss weights must be 0 or more")
+        check_weights(weight=weight, attack_weight=attack_weight)
         self.channels = channels
         self.weight = weight
         self.attack_weight = attack_weight

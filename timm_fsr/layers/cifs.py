@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.base import Aux, FeatureLayer, check_weights, register_layer
 from timm_fsr.layers.common import auxiliary_logits, prediction_losses, with_gradient_of
 from timm_fsr.utils.errors import unknown
 
@@ -72,8 +72,7 @@ class CIFS(FeatureLayer):
             raise ValueError(unknown("probe", probe, list(_PROBES)))
         if hidden < 1:
             raise ValueError(f"hidden={hidden} must be at least 1: it is the width of the probe")
-        if min(weight, attack_weight) < 0:
-            raise ValueError(f"weight={weight}, attack_weight={attack_weight}: loss weights must be 0 or more")
+        check_weights(weight=weight, attack_weight=attack_weight)
         self.channels = channels
         self.probe = probe
         self.hidden = hidden

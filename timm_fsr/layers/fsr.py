@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, check_choice, register_layer
+from timm_fsr.layers.base import Aux, FeatureLayer, check_choice, check_temperature, check_weights, register_layer
 from timm_fsr.layers.common import logistic_noise, soft_mask, strongest_wrong_class, three_convolutions
 
 _MASK_SURROGATES = ("wide_tau", "straight_through", "detached_mask")
@@ -81,13 +81,8 @@ class FSR(FeatureLayer):
         check_choice(type(self), "mode", mode, _MODES)
         if hidden < 1:
             raise ValueError(f"hidden={hidden} must be at least 1: it is the width of two convolutions")
-        if not tau > 0:
-            raise ValueError(f"tau={tau} must be positive: it divides the mask's logits")
-        if min(separation_weight, recalibration_weight) < 0:
-            raise ValueError(
-                f"separation_weight={separation_weight}, recalibration_weight={recalibration_weight}: "
-                "loss weights must be 0 or more"
-            )
+        check_temperature(tau)
+        check_weights(separation_weight=separation_weight, recalibration_weight=recalibration_weight)
         self.channels = channels
         self.hidden = hidden
         self.tau = tau

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fsr.layers.base import Aux, FeatureLayer, register_layer
+from timm_fsr.layers.base import Aux, FeatureLayer, check_temperature, check_weights, register_layer
 from timm_fsr.layers.common import logistic_noise, soft_mask, three_convolutions
 
 # High-pass kernels of the steganalysis rich model, as (divisor, rows): of second order in both directions at once, of
@@ -76,12 +76,10 @@ class HFDR(FeatureLayer):
         super().__init__()
         if hidden < 1:
             raise ValueError(f"hidden={hidden} must be at least 1: it is the width of two convolutions")
-        if not tau > 0:
-            raise ValueError(f"tau={tau} must be positive: it divides the mask's logits")
+        check_temperature(tau)
         if not 0 < ratio < 1:
             raise ValueError(f"ratio={ratio} must lie in (0, 1): it is the share of high frequencies")
-        if weight < 0:
-            raise ValueError(f"weight={weight} must be 0 or more: it weighs a loss term")
+        check_weights(weight=weight)
         self.hidden = hidden
         self.tau = tau
         self.ratio = ratio

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from timm_fsr.hooks.attach import watch_classifier
 from timm_fsr.hooks.placement import pretrained_cfg_of
+from timm_fsr.models.memory import activation_bytes
 from timm_fsr.models.pixel import base_model, device_of
 from timm_fsr.utils.errors import ImageSizeError
+from timm_fsr.utils.memory import check_memory
 from timm_fsr.utils.random import own_randomness
 
 INTERPOLATION = "bicubic"
 """How `timm_fsr.load_data` scales images."""
+
+_SMALL = 2**22
+"""Numbers of an image that any machine can pass through any model; of a larger one the memory is estimated first."""
 
 _OF_THE_SOURCE = ("test_input_size", "test_crop_pct", "test_pool_size", "label_descriptions", "label_offset")
 
@@ -86,26 +93,34 @@ def forget_other_classes(model: nn.Module) -> None:
             config.pop(key, None)
 
 
-def check_runs(model: nn.Module, image_size: tuple[int, int, int]) -> None:
+def check_runs(model: nn.Module, image_size: tuple[int, int, int]) -> Any:
     """Try the model on one blank image, in eval mode.
 
     Args:
         model: a timm model or a pixel-space model.
         image_size: channels, height and width of the image.
 
+    Returns:
+        What the model returns for it.
+
     Raises:
-        ValueError: the model takes another number of channels.
+        ValueError: the model takes another number of channels, or the memory cannot hold its feature maps.
         ImageSizeError: the model does not run on images of this size.
     """
     channels = getattr(base_model(model), "in_chans", image_size[0])
     if channels != image_size[0]:
         raise ValueError(f"images have {image_size[0]} channels but the model takes {channels}; convert the images")
     device = device_of(model)
+    if math.prod(image_size) > _SMALL:
+        needed = activation_bytes(model, (1, *image_size), gradients=False)
+        check_memory(
+            needed, f"feature maps of images of {size_text(image_size)}", "choose a smaller size", device=device
+        )
     image = torch.zeros(1, *image_size, device=device)
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad(), own_randomness(device):
-            model.eval()(image)
+            return model.eval()(image)
     except Exception as error:  # each network has its own for this: AssertionError, RuntimeError, ValueError ...
         reason = (str(error).splitlines() or [""])[0]
         raise ImageSizeError(

@@ -31,6 +31,7 @@ from timm_fsr.models.weights import (
     CONFIG,
     RECORD,
     WEIGHTS,
+    check_finite_weights,
     damaged,
     make_record,
     read_config,
@@ -39,6 +40,7 @@ from timm_fsr.models.weights import (
     verify_hub,
 )
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.files import staged
 from timm_fsr.utils.hub_errors import explained
@@ -400,6 +402,8 @@ def _create(name: str, source: Mapping[str, Any], arguments: Mapping[str, Any]) 
                 f"the weights of {name} are missing, damaged, for another network or no plain tensors: "
                 f"{_one_line(error)}"
             ) from error
+    if arguments.get("pretrained") or arguments.get("pretrained_backbone") or arguments.get("checkpoint_path"):
+        check_finite_weights(model, f"the weights of {arguments.get('checkpoint_path') or name}")
     forget_other_classes(model)
     watch_classifier(model)
     return model
@@ -523,8 +527,8 @@ def training_recipe(name: str, report: Report) -> Mapping[str, Any] | None:
     if not found:
         path = _find(resolve(name), RECIPE)
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
-        except (ValueError, yaml.YAMLError):
+            found = read_yaml(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+        except ValueError:
             return None
     return found if isinstance(found, Mapping) else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from timm.models._hub import hf_split
 from torch import Tensor, nn
 
 from timm_fsr.layers import FeatureLayer
+from timm_fsr.utils.documents import read_json
 from timm_fsr.utils.files import file_digest
 from timm_fsr.version import __version__
 
@@ -79,7 +79,7 @@ def read_config(folder: str | Path, source: str | None = None) -> dict[str, Any]
         raise FileNotFoundError(f"{path.parent} has no {CONFIG}, so it is no saved model; give {remedy}")
     source = source or str(path)
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json(path.read_bytes())
     except ValueError as error:
         raise damaged(source, error) from error
     if not isinstance(config, dict):
@@ -114,6 +114,29 @@ def _is_digest(record: Mapping[str, Any]) -> bool:
     """Is the checksum in a record one, or missing as in format 1?"""
     digest = record.get("sha256")
     return digest is None or (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None)
+
+
+def check_finite_weights(model: nn.Module, what: str) -> None:
+    """Refuse a model whose weights or saved statistics hold NaN or infinite numbers: it has no answers to judge.
+
+    Args:
+        model: the model.
+        what: the weights, as the subject of a sentence.
+
+    Raises:
+        ValueError: the message names the first of the tensors.
+    """
+    tensors = {name: found for name, found in model.state_dict().items() if isinstance(found, Tensor)}
+    broken = [
+        name
+        for name, found in tensors.items()
+        if found.is_floating_point() and not found.is_meta and not bool(torch.isfinite(found).all())
+    ]
+    if broken:
+        raise ValueError(
+            f"{what} hold NaN or infinite numbers (in {broken[0]}; {len(broken)} of {len(tensors)} tensors), so the "
+            "model has no answers; take an earlier checkpoint or train it again"
+        )
 
 
 @contextmanager

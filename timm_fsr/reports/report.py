@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_fsr.reports.statistics import clopper_pearson, collapse, per_class_accuracy
+from timm_fsr.utils.documents import DocumentError, read_json
 from timm_fsr.utils.files import write_text
 
 SCHEMA_VERSION = 2
@@ -227,8 +228,10 @@ class Report:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no report {path}; give the report.json that an evaluation has written")
         try:
-            values = json.loads(Path(path).read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            values = read_json(Path(path).read_bytes())
+        except DocumentError as error:
+            raise ValueError(f"{path} is damaged ({error}); evaluate the model again") from error
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); evaluate the model again") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no report; evaluate the model again")

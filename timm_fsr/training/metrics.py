@@ -22,6 +22,7 @@ _FILE = "metrics.jsonl"
 _FORMATS = {
     "seconds": "{value:.0f} s",
     "skipped_steps": "{value:.0f} steps skipped",
+    "held_out.collapsed": "",  # a warning has said so
     "eps": "eps {value:.4f}",
     "lr": "",
 }

@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import timm
 import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -26,11 +27,13 @@ from timm_fsr.hooks.attach import attach
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.layers import layer_class
 from timm_fsr.layers.base import check_layer_args
+from timm_fsr.models.memory import weight_bytes
 from timm_fsr.models.saving import is_trained, load, resolve
 from timm_fsr.training.objectives import OBJECTIVES
 from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.parsing import Number
 from timm_fsr.utils.errors import unknown
+from timm_fsr.utils.memory import check_memory
 
 Built = TypeVar("Built")
 
@@ -70,11 +73,14 @@ class ModelOptions:
         """
         if self.layer == "none":
             raise ValueError("model.layer=none is no layer; write null for the model as it is")
+        self._check_args()
         for name in (*self.layer_args, *filter(None, [self.layer])):
             check_layer_args(layer_class(name), self._args_of(name))
         if not is_trained(resolve(self.name)):
             with torch.device("meta"):
-                dataclasses.replace(self, pretrained=False).build(num_classes=10)
+                model = dataclasses.replace(self, pretrained=False).build(num_classes=10)
+            # A gradient and a state of the optimizer come to the weights, but some optimizers do without.
+            check_memory(2 * weight_bytes(model), f"the weights and gradients of {self.name}", "choose a smaller one")
 
     def build(self, *, num_classes: int, image_size: tuple[int, int, int] | None = None) -> nn.Module:
         """The model for `num_classes` classes of images of (channels, height, width) `image_size`.
@@ -100,6 +106,26 @@ class ModelOptions:
             return model
         return attach(model, self.layer, at=self.at, layer_args=self._args_of(self.layer))
 
+    def _check_args(self) -> None:
+        """Refuse arguments of `timm.create_model` that something else decides, or that make it no classifier."""
+        for key, reason in _NOT_ARGS.items():
+            if key in self.args:
+                raise ValueError(f"model.args.{key}={self.args[key]} cannot be set: {reason}; leave it out")
+        if self.args.get("in_chans", 3) not in (1, 3):
+            raise ValueError(
+                f"model.args.in_chans={self.args['in_chans']} fits no images: these have 1 channel (grey) or 3 (RGB); "
+                "leave it out, and set data.channels"
+            )
+        _check_finite("model.args", self.args)
+        weights = self.args.get("checkpoint_path")
+        if weights and self.is_trained:
+            raise ValueError(
+                f"model.args.checkpoint_path={weights} and {self.name if not self.pretrained else 'model.pretrained'} "
+                "both bring weights; keep one of the two"
+            )
+        if weights and not Path(weights).is_file():
+            raise FileNotFoundError(f"there is no file {weights}; correct model.args.checkpoint_path or leave it out")
+
     def _has_layer(self, model: nn.Module, layer: str) -> bool:
         """Whether the model came with the layer; ValueError if with other arguments than those asked for."""
         present = [s.layer.resolved_args() for g in layer_groups(model) for s in g.sites if s.layer.name == layer]
@@ -120,6 +146,37 @@ class ModelOptions:
                 "layer_args: {fsr: {hidden: 16}}"
             )
         return args
+
+
+# Arguments of `timm.create_model` that a recipe cannot set.
+_NOT_ARGS = {
+    "num_classes": "the training images decide on the number of classes",
+    "pretrained": "model.pretrained says so",
+    "features_only": "only a model that maps images to logits can be trained",
+    "out_indices": "only a model that maps images to logits can be trained",
+    "scriptable": "feature layers are forward hooks, which torch.jit.script does not support",
+}
+
+
+def _check_finite(where: str, values: Mapping[str, Any]) -> None:
+    """Refuse NaN and infinities among free arguments, at any depth."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_finite(f"{where}.{key}", value)
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{where}.{key}={value} must be a finite number")
+
+
+def _check_default(section: str, options: Any, key: str, reason: str) -> None:
+    """Refuse a key that something else in the recipe leaves without meaning, unless it has its default."""
+    value, default = getattr(options, key), getattr(type(options)(), key)
+    if value != default:
+        written = json.dumps(default).strip('"')
+        raise ValueError(
+            f"{section}.{key}={value} has no meaning {reason}; leave it out, or over a recipe that has it: "
+            f"--{section}.{key}={written}"
+        )
 
 
 def _image_config(name: str, image_size: tuple[int, int, int]) -> dict[str, Any]:
@@ -183,15 +240,33 @@ class DataOptions:
     crop_scale: list[Number] | None = None
 
     def check(self) -> None:
-        """Raise ValueError for a number out of range."""
-        if self.held_out < 1:
-            raise ValueError(f"data.held_out={self.held_out} must be at least 1: these images choose the checkpoint")
+        """Raise ValueError for a number out of range, or a key that another one leaves without meaning."""
+        for key, reason in _COUNTED.items():
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{key}={value} must be at least 1{reason}")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(
+                f"data.channels={self.channels} is neither 1 (grey) nor 3 (RGB); null keeps what they have"
+            )
         if self.crop_padding < 0:
             raise ValueError(f"data.crop_padding={self.crop_padding} must be 0 or more")
+        if self.size is not None:
+            self.check_crop(self.size)
         self._check_extra()
         self._check_streamed()
 
+    def check_crop(self, side: int) -> None:
+        """Raise ValueError if the padding lets crops show nothing of an image whose shorter side has `side` pixels."""
+        if self.crop_scale is None and self.crop_padding >= side:
+            raise ValueError(
+                f"data.crop_padding={self.crop_padding} is no less than the side of the images, {side} pixels, so that "
+                "a random crop could miss the image; use fewer, an eighth of the side is usual"
+            )
+
     def _check_extra(self) -> None:
+        if self.extra_source is None:
+            _check_default("data", self, "extra_split", "without data.extra_source")
         if self.extra_source is None and (self.extra_fraction != 0 or self.extra_limit is not None):
             raise ValueError(
                 "data.extra_fraction and data.extra_limit are about data.extra_source, which is not set; set it to "
@@ -206,6 +281,10 @@ class DataOptions:
     def _check_streamed(self) -> None:
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers} must be 0 or more")
+        if not self.streamed:
+            _check_default("data", self, "workers", "for images held in memory, which are decoded before the training")
+        if self.crop_scale is not None:
+            _check_default("data", self, "crop_padding", "with data.crop_scale, which is another crop")
         if self.crop_scale is not None and not self.streamed:
             raise ValueError(
                 "data.crop_scale is drawn as images are decoded, but these are decoded once, before the training; set "
@@ -274,6 +353,16 @@ class DataOptions:
             channels=self.channels,
             limit=limit,
         )
+
+
+# Counts of images or pixels, and what to add to the message about one below 1.
+_COUNTED = {
+    "held_out": ": these images choose the checkpoint",
+    "size": ": it is the side of the images in pixels",
+    "limit_train": "; null takes all training images",
+    "limit_test": "; null takes all test images, and evaluation.attacks=[] leaves the final evaluation out",
+    "extra_limit": "; null takes all of them",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +461,7 @@ class ObjectiveOptions:
 
 
 def _check_args(kind: str, example: str, name: str, args: Any, cls: type, without: Sequence[str] = ()) -> None:
-    """Refuse arguments that the dataclass `cls` does not have, or that have recipe keys of their own (`without`)."""
+    """Refuse arguments that `cls` does not have, NaN, infinities, and what has a recipe key of its own (`without`)."""
     if not isinstance(args, dict):
         raise ValueError(
             f"{kind}.args.{name} is {args!r}; write arguments by the name of their {kind}, such as args: {example}"
@@ -383,6 +472,7 @@ def _check_args(kind: str, example: str, name: str, args: Any, cls: type, withou
             raise ValueError(f"{kind}.args.{name}.{key} has a key of its own; write {kind}.{key}")
         if key not in known:
             raise ValueError(unknown(f"argument of the {kind} {name!r}", key, [k for k in known if k not in without]))
+    _check_finite(f"{kind}.args.{name}", args)
 
 
 def _build(kind: str, cls: type[Built], name: str, args: Mapping[str, Any]) -> Built:
@@ -450,6 +540,18 @@ class OptimOptions:
         self._check_numbers()
         if self.ema_warmup and not self.ema_decay:
             raise ValueError("optim.ema_warmup has no meaning without an average; set optim.ema_decay, such as 0.999")
+        if not self.awp_gamma:
+            _check_default("optim", self, "awp_start", "without weight perturbation (optim.awp_gamma)")
+        elif self.awp_start >= self.epochs:
+            raise ValueError(
+                f"optim.awp_start={self.awp_start:g} lies beyond the end of the training (optim.epochs={self.epochs}), "
+                "so that no weights would be perturbed; lower it, or set optim.awp_gamma=0"
+            )
+        if self.schedule != "step":
+            for key in ("milestones", "gamma"):
+                _check_default("optim", self, key, f"with optim.schedule={self.schedule}, which has no milestones")
+        if not get_optimizer_info(self.optimizer).has_momentum:
+            _check_default("optim", self, "momentum", f"for optim.optimizer={self.optimizer}")
 
     def _check_counts(self) -> None:
         for key in ("epochs", "batch_size", "accumulate"):

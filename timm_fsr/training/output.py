@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from rich.console import Console
 
 from timm_fsr.training.lock import check_unlocked
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import checkpoints_of
+from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.files import write_text
 
 _RESULTS = ("metrics.jsonl", "best", "last", "checkpoints", "trackers", "evaluation", "report.json", "training.png")
@@ -83,8 +83,8 @@ def begin_output(recipe: Recipe, *, new: bool) -> None:
 def _is_recipe(path: Path) -> bool:
     """Whether a file is what `begin_output` has written: a recipe with every key."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
     return isinstance(found, dict) and {field.name for field in dataclasses.fields(Recipe)} <= found.keys()
 

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
 
+from timm_fsr.utils.documents import DocumentError, read_yaml
 from timm_fsr.utils.errors import unknown
 
 Options = TypeVar("Options")
@@ -66,7 +67,7 @@ def read_options(options: type[Options], arguments: Sequence[str], parser: Argum
         if key == "config" and value is not None:
             _check_keys(options, _read_yaml(Path(value)), f" in {value}")
         elif key not in ("config", "help", "print_config"):
-            _check_keys(options, _nested(key, value), "")
+            _check_keys(options, _flag_values(key, value), "")
     return _instance(options, parser, lambda: parser.parse_args(list(arguments)))
 
 
@@ -113,14 +114,23 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     return found
 
 
+def _flag_values(key: str, value: str | None) -> dict[str, Any]:
+    try:
+        return _nested(key, value)
+    except DocumentError as error:
+        raise ValueError(f"--{key} cannot be read: {error}") from error
+
+
 def _nested(key: str, value: str | None) -> dict[str, Any]:
     """What YAML would hold in place of a flag: {"optim": {"epochs": 5}} for "optim.epochs" and "5"."""
     head, _, rest = key.removesuffix("+").partition(".")
     if rest:
         return {head: _nested(rest, value)}
     try:
-        return {head: yaml.safe_load(value or "''")}
-    except yaml.YAMLError:
+        return {head: read_yaml(value or "''")}
+    except DocumentError:
+        raise
+    except ValueError:
         return {head: value}
 
 
@@ -145,9 +155,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}; give the path of a YAML file, such as those in recipes/")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except DocumentError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no recipe; write keys and values, such as 'seed: 0'")
     return content

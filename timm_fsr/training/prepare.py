@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,18 @@ from torch import nn
 from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import epoch_steps
 from timm_fsr.hooks.attach import reattach
-from timm_fsr.models.description import check_runs, describe
-from timm_fsr.models.pixel import as_pixel_model
+from timm_fsr.models.description import check_runs, describe, size_text
+from timm_fsr.models.memory import activation_bytes, weight_bytes
+from timm_fsr.models.pixel import PixelModel, as_pixel_model
 from timm_fsr.models.saving import saved_config
+from timm_fsr.models.weights import check_finite_weights
+from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.utils.errors import ImageSizeError
+from timm_fsr.utils.memory import check_memory
+from timm_fsr.utils.random import own_randomness
+
+_FIRST_WEIGHTS = 0.1  # the largest share of a running average that the weights it began with may keep
 
 _COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
 
@@ -38,6 +46,7 @@ def read_images(recipe: Recipe, accelerator: Accelerator) -> tuple[Images, Image
     """
     progress, device = accelerator.is_main_process, accelerator.device
     data, held_out = recipe.data.build(seed=recipe.seed, progress=progress)
+    recipe.data.check_crop(min(data.image_size[1:]))
     extra = recipe.data.build_extra(data.classes, data.image_size, progress=progress)
     _check_test_split(recipe, data)
     return data.to(device), None if extra is None else extra.to(device), held_out.to(device)
@@ -88,18 +97,30 @@ def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> i
     return steps
 
 
-def build_model(recipe: Recipe, data: Images, device: torch.device) -> nn.Module:
-    """The timm model with its first weights, which the seed decides, on `device`."""
+def build_model(recipe: Recipe, data: Images, device: torch.device, processes: int = 1) -> nn.Module:
+    """The timm model with its first weights, which the seed decides, on `device`.
+
+    Raises:
+        ValueError: it cannot be trained on these images, or not within the memory that there is.
+    """
     torch.manual_seed(recipe.seed)
     try:
         timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
         describe(timm_model, classes=data.classes, image_size=data.image_size)
-        check_runs(as_pixel_model(timm_model), data.image_size)
+        _check_memory(recipe, timm_model, data, device, processes)
+        logits = check_runs(as_pixel_model(timm_model), data.image_size)
     except ImageSizeError as error:
         raise ValueError(
             f"{error}: set data.size to a side that it takes, or build it for this one where it has the argument "
             f"(model.args.img_size={data.image_size[1]})"
         ) from error
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, data.num_classes):
+        raise ValueError(
+            f"{recipe.model.name} returns {f'shape {shape}' if shape else type(logits).__name__} for one image, not a "
+            f"logit for each of {data.num_classes} classes; correct model.args={recipe.model.args}"
+        )
+    check_finite_weights(timm_model, f"the first weights of {recipe.model.name}")
     if recipe.gradient_checkpointing:
         _checkpoint_gradients(timm_model)
     if recipe.channels_last:
@@ -107,6 +128,69 @@ def build_model(recipe: Recipe, data: Images, device: torch.device) -> nn.Module
     if recipe.batch_norm == "sync":
         timm_model = reattach(convert_sync_batchnorm(timm_model))
     return timm_model.to(device)
+
+
+def _check_memory(recipe: Recipe, timm_model: nn.Module, data: Images, device: torch.device, processes: int) -> None:
+    """Refuse a training that cannot fit: weights, gradients, the average, images held, and feature maps of one pass."""
+    count = recipe.optim.batch_size // recipe.optim.accumulate // processes
+    recomputed = recipe.gradient_checkpointing or recipe.compile is not None
+    maps = activation_bytes(timm_model, (count, *data.image_size), gradients=not recomputed)
+    held = data.images.numel() if isinstance(data, ImageData) else 0
+    needed = weight_bytes(timm_model) * (3 if recipe.optim.ema_decay else 2) + held
+    check_memory(
+        needed + (maps if recipe.mixed_precision == "no" else maps // 2),
+        f"{recipe.model.name} and passes over {count} images of {size_text(data.image_size)}",
+        "lower optim.batch_size or data.size, raise optim.accumulate, or choose a smaller model or layer",
+        device=device,
+    )
+
+
+def check_first_pass(
+    recipe: Recipe, timm_model: nn.Module, objective: Objective, data: Images, processes: int, device: torch.device
+) -> None:
+    """Try the training pass on one image, where each pass has no more, with a copy of the model.
+
+    Raises:
+        ValueError: a BatchNorm would see one value for each channel, and cannot be trained on it.
+    """
+    if recipe.optim.batch_size // recipe.optim.accumulate // processes > 1:
+        return
+    images, labels = data.batch(torch.arange(1))
+    model = PixelModel(copy.deepcopy(timm_model)).to(device).train()
+    attack = recipe.attack.build()
+    try:
+        with own_randomness(device):
+            objective.terms(model, attack, images.to(device), images.to(device), labels.to(device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"optim.batch_size={recipe.optim.batch_size} on {processes} process(es) with "
+            f"optim.accumulate={recipe.optim.accumulate} passes one image at a time, of which a BatchNorm of "
+            f"{recipe.model.name} sees one value for each channel, which has no variance; raise optim.batch_size or "
+            "lower optim.accumulate"
+        ) from error
+
+
+def cautions(recipe: Recipe, steps_per_epoch: int) -> list[str]:
+    """What cannot come about in a run of this length, as sentences; it may be a short trial, so it is not refused."""
+    optim, attack, found = recipe.optim, recipe.attack, []
+    share = optim.ema_decay ** (optim.epochs * steps_per_epoch)
+    if share > _FIRST_WEIGHTS and not optim.ema_warmup:
+        found.append(
+            f"optim.ema_decay={optim.ema_decay} is slow for {optim.epochs * steps_per_epoch} steps: at the end "
+            f"{100 * share:.0f} % of the average, which is what is validated and saved, would still be the first "
+            "weights; set optim.ema_warmup=true, or lower optim.ema_decay"
+        )
+    if attack.warmup_epochs >= optim.epochs and recipe.objective.build().attacks:
+        found.append(
+            f"attack.warmup_epochs={attack.warmup_epochs:g} of {optim.epochs} epochs: the full eps is never trained at"
+        )
+    if optim.schedule == "step" and optim.milestones and min(optim.milestones) >= optim.epochs:
+        found.append(
+            f"optim.milestones={optim.milestones} lie beyond the last of {optim.epochs} epochs: the rate never falls"
+        )
+    return found
 
 
 @contextmanager
@@ -130,11 +214,21 @@ def _check_test_split(recipe: Recipe, data: Images) -> None:
     """Open the test images that the final report needs; ValueError if they are missing or of another kind."""
     if not recipe.evaluation.attacks:
         return
+    if recipe.data.test_split == recipe.data.train_split:
+        raise ValueError(
+            f"data.test_split={recipe.data.test_split} holds the training images, so the final report would say "
+            "nothing about new ones; name another split, or leave the report out with evaluation.attacks=[]"
+        )
     one = dataclasses.replace(recipe.data, limit_test=1).build_test(data.classes, progress=False)
     if one.image_size[0] != data.image_size[0]:
         raise ValueError(
             f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "
             "data.channels"
+        )
+    if one.image_size != data.image_size:
+        raise ValueError(
+            f"the test images are {size_text(one.image_size)} but the training images {size_text(data.image_size)}; "
+            "set data.size to the side that both get"
         )
 
 

@@ -140,6 +140,12 @@ class Recipe:
         names = [*self.evaluation.attacks, self.evaluation.validation]
         check_names(names, self.attack.norm, self.attack.eps, sources=False)
         self._check_beginning(objective)
+        channels = self.model.args.get("in_chans", self.data.channels)
+        if self.data.channels is not None and channels != self.data.channels:
+            raise ValueError(
+                f"model.args.in_chans={channels} and data.channels={self.data.channels} contradict each other; leave "
+                "out model.args.in_chans, as data.channels decides"
+            )
         self.model.check()
 
     def _import(self, source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,10 @@ _SHARE = 0.5
 
 @dataclass
 class Selection:
-    """The best validation so far, by robust accuracy, then clean accuracy, then the earlier one.
+    """The best validation so far: of a model that works, by robust accuracy, then clean accuracy, then the earlier one.
+
+    One class for all images is as robust as its share of the images, and no attack changes that: such a model, or one
+    that guesses, is only best while none works.
 
     Attributes:
         robust: its robust accuracy (PGD), in [0, 1].
@@ -41,6 +45,7 @@ class Selection:
         one_step: its accuracy under a single-step attack, where that was measured.
         epoch: when it was, counted from 1; 0 before the first.
         stale: validations since then.
+        works: whether that model classified at all; see `timm_fsr.reports.statistics.collapse`.
     """
 
     robust: float = -1.0
@@ -48,13 +53,19 @@ class Selection:
     one_step: float | None = None
     epoch: int = 0
     stale: int = 0
+    works: bool = True
 
-    def update(self, epoch: int, robust: float, clean: float, one_step: float | None = None) -> bool:
-        """Take note of a validation; whether it is the best so far."""
-        if (robust, clean) <= (self.robust, self.clean):
+    def update(
+        self, epoch: int, robust: float, clean: float, one_step: float | None = None, *, works: bool = True
+    ) -> bool:
+        """Take note of a validation; whether it is the best so far. A NaN is no accuracy, and below all of them."""
+        if math.isnan(robust) or math.isnan(clean):
+            robust, clean, works = -1.0, -1.0, False
+        if self.epoch and (works, robust, clean) <= (self.works, self.robust, self.clean):
             self.stale += 1
             return False
         self.robust, self.clean, self.one_step, self.epoch, self.stale = robust, clean, one_step, epoch, 0
+        self.works = works
         return True
 
     def collapsed(self, robust: float, one_step: float | None) -> bool:

@@ -31,7 +31,15 @@ from timm_fsr.training.lock import reserved
 from timm_fsr.training.metrics import begin_tracking, check_trackers, describe, log_epoch
 from timm_fsr.training.objectives.base import Objective, unwrapped
 from timm_fsr.training.output import Snapshot, begin_output, check_output, find_snapshot
-from timm_fsr.training.prepare import build_model, compilation, count_steps, read_images, with_input_of_model
+from timm_fsr.training.prepare import (
+    build_model,
+    cautions,
+    check_first_pass,
+    compilation,
+    count_steps,
+    read_images,
+    with_input_of_model,
+)
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.results import FinishedRun, conclude
 from timm_fsr.training.state import (
@@ -150,10 +158,11 @@ class Trainer:
         device, options = accelerator.device, recipe.optim
         data, extra, held_out = read_images(recipe, accelerator)
         steps_per_epoch = count_steps(recipe, len(data), len(held_out), accelerator.num_processes)
-        timm_model = build_model(recipe, data, device)
+        timm_model = build_model(recipe, data, device, accelerator.num_processes)
         optimizer = options.build(timm_model)
         ema = ModelEmaV3(timm_model, options.ema_decay, use_warmup=options.ema_warmup) if options.ema_decay else None
         objective = recipe.objective.build().begin(PixelModel(timm_model).to(device))
+        check_first_pass(recipe, timm_model, objective, data, accelerator.num_processes, device)
         whole = copy.deepcopy(timm_model) if accelerator.distributed_type == DistributedType.FSDP else None
         if recipe.compile is not None:
             timm_model.compile(backend=recipe.compile)
@@ -188,6 +197,8 @@ class Trainer:
         if snapshot is not None:
             self.restore(*snapshot)
         self.console.print(str(self))
+        for caution in cautions(self.recipe, self.steps_per_epoch):
+            self.console.print(f"warning: {caution}")
         self.accelerator.wait_for_everyone()  # before the first process writes what the others look for
         with compilation(self.recipe.compile), stop_requests() as stop_asked:
             self._begin(new=snapshot is None)

@@ -17,6 +17,7 @@ from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import Selection
 
 ONE_STEP = "fgsm"
+COLLAPSED = "held_out.collapsed"
 
 
 def validate(
@@ -40,7 +41,8 @@ def validate(
         warn: called with a sentence if the model answers one class for nearly all images, or guesses.
 
     Returns:
-        In [0, 1]: "held_out.clean_accuracy", "held_out.robust_accuracy" and perhaps "held_out.one_step_accuracy".
+        In [0, 1]: "held_out.clean_accuracy", "held_out.robust_accuracy" and perhaps "held_out.one_step_accuracy"; and
+        "held_out.collapsed", 1, if the model answers one class for nearly all images, or guesses.
     """
     attacks = {"robust": recipe.evaluation.validation}
     if one_step:
@@ -61,7 +63,8 @@ def validate(
     collapsed = _collapsed(report, held_out, accelerator)
     if collapsed and warn is not None:
         warn(collapsed)
-    return {f"held_out.{name}_accuracy": count / total for name, count in zip(names, correct, strict=True)}
+    found = {f"held_out.{name}_accuracy": count / total for name, count in zip(names, correct, strict=True)}
+    return found | ({COLLAPSED: 1.0} if collapsed else {})
 
 
 def _collapsed(report: Report, held_out: Images, accelerator: Accelerator) -> str:
@@ -88,7 +91,8 @@ def judge(metrics: dict[str, float], selection: Selection, *, epoch: int, patien
     """
     robust, one_step = metrics["held_out.robust_accuracy"], metrics.get("held_out.one_step_accuracy")
     collapsed = selection.collapsed(robust, one_step)
-    best = selection.update(epoch, robust, metrics["held_out.clean_accuracy"], one_step)
+    clean, works = metrics["held_out.clean_accuracy"], not metrics.get(COLLAPSED)
+    best = selection.update(epoch, robust, clean, one_step, works=works)
     if collapsed:
         return best, (
             f"catastrophic overfitting: PGD accuracy fell from {100 * selection.robust:.1f} % in epoch "
