@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_fsr.hooks.placement import At, find_places, pretrained_cfg_of
 from timm_fsr.hooks.site import HEARD, Heard, LayerGroup, Site
-from timm_fsr.layers import layer_class
+from timm_fsr.layers import layer_class, list_layers
 from timm_fsr.layers.base import check_layer_args
 from timm_fsr.layers.scope import RECORDINGS, innermost
 from timm_fsr.utils.errors import UnsoundError
@@ -50,6 +50,11 @@ def attach(
             the logits; the layer is attached already; the model is wrapped, or being recorded. The model is left as it
             was.
     """
+    if not isinstance(layer, str):
+        raise ValueError(
+            f"layer={layer!r} names no feature layer; give one of {', '.join(list_layers())}, or leave the model as it "
+            "is instead of calling attach"
+        )
     cls = layer_class(layer)
     args = dict(layer_args or {})
     check_layer_args(cls, args)

@@ -28,7 +28,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     model = base_model(model)
     names = pretrained_cfg_of(model).get("label_names")
     if isinstance(names, Mapping):  # timm knows this form too: by number
-        numbered = {int(number): name for number, name in names.items()}
+        numbered = {int(number): name for number, name in names.items() if str(number).isdigit()}
         names = [numbered[number] for number in range(len(numbered)) if number in numbered]
     if not names or isinstance(names, str) or len(names) != getattr(model, "num_classes", len(names)):
         return None
