@@ -99,3 +99,8 @@ def test_the_images_and_the_model_are_left_alone(attack_class, model):
 def test_images_that_are_no_pixels_are_refused(attack_class, model):
     with pytest.raises(ValueError, match="divide them by 255"):
         build(attack_class)(loss_of(model), 255 * images())
+
+
+def test_a_model_with_images_and_labels_is_told_the_call(attack_class, model):
+    with pytest.raises(ValueError, match=r"called as attack\(loss_fn, images\), but \w+ was given 3 arguments"):
+        build(attack_class)(model, images(), torch.zeros(len(images()), dtype=torch.int64))

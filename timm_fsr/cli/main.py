@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"timm_fsr {__version__}")
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help="one of the above")
     command = parser.parse_args(given[:1]).command
-    return reported(command, lambda: _run(command, given[1:]), debug=debug)
+    return reported(command, lambda: _run(command, given[1:]), given[1:], debug=debug)
 
 
 def _run(command: str, arguments: Sequence[str]) -> None:

@@ -146,8 +146,15 @@ def note_image_size(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def begin_pass(root: nn.Module, _: Any) -> None:
-    """Forward pre-hook of the model: listen for its sites. Compiled and exported code is left alone."""
-    if not torch.compiler.is_compiling():
+    """Forward pre-hook of the model: listen for its sites. In compiled code nobody hears: look once, in tracing.
+
+    Raises:
+        UnsoundError: compiled code would leave a layer out, as its module was replaced; torch puts it into an error of
+            its own.
+    """
+    if torch.compiler.is_compiling():
+        _check_traced(root)
+    else:
         HEARD.set(Heard(root, HEARD.get()))
 
 
@@ -184,6 +191,9 @@ def check_sites(model: nn.Module) -> None:
                 module = nn.Module()
             if not any(site in vars(inner).get(_SITES, ()) for inner in module.modules()):
                 raise UnsoundError(_told_silent(site))
+
+
+_check_traced = torch.compiler.assume_constant_result(check_sites)  # called while code is traced, not traced itself
 
 
 def rebuilding_args(model: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from timm_fsr.hooks.attach import watch_classifier
 from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.pixel import base_model, device_of
-from timm_fsr.utils.errors import ImageSizeError
+from timm_fsr.utils.errors import ImageSizeError, UnsoundError, is_out_of_memory
 from timm_fsr.utils.random import own_randomness
 
 INTERPOLATION = "bicubic"
@@ -106,7 +106,11 @@ def check_runs(model: nn.Module, image_size: tuple[int, int, int]) -> None:
     try:
         with torch.no_grad(), own_randomness(device):
             model.eval()(image)
+    except UnsoundError:  # of a layer that was left out, at any size
+        raise
     except Exception as error:  # each network has its own for this: AssertionError, RuntimeError, ValueError ...
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise ImageSizeError(
             f"{pretrained_cfg_of(base_model(model)).get('architecture') or type(base_model(model)).__name__} does not "

@@ -556,7 +556,7 @@ def training_report(name: str, model: nn.Module) -> Report | None:
     try:
         report = Report.load(path)
     except ValueError as error:
-        raise ValueError(f"{error}, for which the file has to be deleted first") from error
+        raise ValueError(f"{error} (after deleting that file, which is in the way)") from error
     recorded = report.conditions.get("weights_sha256")
     return report if recorded in (None, weights_digest(model)) else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from timm_fsr.models.conversion import unwrap
 
 _AVERAGED = ("state_dict_ema", "model_ema")  # timm's names; as timm does, the averaged weights are taken
 _ARRAYS = (".npz", ".npy")  # which timm's models read by code of their own
+_ENDS = 3  # tensors that the numbers of channels and classes change: the first kernel, the classifier and its bias
 _SHOWN = 3  # keys that a message lists before it only counts
 
 
@@ -41,7 +43,11 @@ def read_foreign(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         _check_beginning(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own training keeps its options so
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):  # timm's own training keeps its options so
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is told below
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -106,12 +112,16 @@ def explain_difference(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
         _other_layer(model, missing, others)
         or _other_classes(model, weights, shapes)
         or _other_arguments(model, weights, shapes)
+        or _other_channels(model, weights, shapes)
         or "; ".join(
             f"{what}: {_listed(keys)}"
             for what, keys in (
                 ("missing", missing),
                 ("not part of it", others),
-                ("of another shape", [f"{key} {tuple(weights[key].shape)}, here {tuple(own[key].shape)}" for key in shapes]),
+                (
+                    "of another shape",
+                    [f"{key} {tuple(weights[key].shape)}, here {tuple(own[key].shape)}" for key in shapes],
+                ),
             )
             if keys
         )
@@ -149,12 +159,24 @@ def _other_classes(model: nn.Module, weights: Mapping[str, Tensor], shapes: list
     return ""
 
 
+def _other_channels(model: nn.Module, weights: Mapping[str, Tensor], shapes: list[str]) -> str:
+    """A sentence if the weights are for images of another number of channels."""
+    key = f"{pretrained_cfg_of(model).get('first_conv')}.weight"
+    ours, theirs = (state[key].shape[1:2] if key in state else () for state in (model.state_dict(), weights))
+    if key not in shapes or ours == theirs or not theirs:
+        return ""
+    return (
+        f"they are for images of {theirs[0]} channels, the model takes {ours[0]}; build it with in_chans={theirs[0]} (on "
+        f"the command line --model-args in_chans={theirs[0]})"
+    )
+
+
 def _other_arguments(model: nn.Module, weights: Mapping[str, Tensor], shapes: list[str]) -> str:
     """A sentence if the weights are of the same feature layer, built with other arguments; names the likely one."""
     for group in layer_groups(model):
         layer = group.sites[0].layer
         mine = [key for key in shapes if key.startswith(f"{layer.name}.")]
-        if not mine:
+        if not mine or len(shapes) - len(mine) > _ENDS:  # then it is another network
             continue
         ours, theirs = model.state_dict()[mine[0]].shape, weights[mine[0]].shape
         changed = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
@@ -167,7 +189,9 @@ def _other_arguments(model: nn.Module, weights: Mapping[str, Tensor], shapes: li
             ),
             None,
         )
-        remedy = f"build it with {argument}" if argument else f"build it with the {layer.name}_... arguments of its training"
+        remedy = (
+            f"build it with {argument}" if argument else f"build it with the {layer.name}_... arguments of its training"
+        )
         flag = argument or f"{layer.name}_...=..."
         return (
             f"their feature layer {layer.name!r} was built with other arguments ({mine[0]} is {tuple(theirs)}, here "

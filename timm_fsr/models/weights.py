@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,17 +127,17 @@ def check_record(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         ValueError: it needs a newer version of this package, or is damaged.
     """
     record = config.get(RECORD, {})
-    sound = isinstance(record, Mapping) and (
-        isinstance(record.get("format", 1), int)
-        and isinstance(record.get("origin", {}), Mapping)
-        and _are(str, record.get("imports", []))
-        and _is_digest(record)
-    )
-    if not sound:
-        raise ValueError(
-            f"the configuration of {source} is damaged: {RECORD!r} holds {textwrap.shorten(repr(record), 300)}; "
-            "save the model again"
-        )
+    if not isinstance(record, Mapping):
+        raise damaged(source, f"{RECORD!r} is {record!r}")
+    sound = {
+        "format": isinstance(record.get("format", 1), int),
+        "sha256": _is_digest(record),
+        "origin": isinstance(record.get("origin", {}), Mapping),
+        "imports": _are(str, record.get("imports", [])),
+    }
+    for key, fits in sound.items():
+        if not fits:
+            raise damaged(source, f"'{RECORD}.{key}' is {record[key]!r}")
     if record.get("format", 1) > FORMAT:
         raise ValueError(
             f"{source} was saved by timm_fsr {record.get('version')} in format {record['format']}, but timm_fsr "

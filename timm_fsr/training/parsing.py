@@ -104,7 +104,7 @@ def _explained(options: type, text: str, told: Callable[[str, str], str]) -> str
         first = found[1].split()[0]
         if first.endswith((".yaml", ".yml")):
             return f"{first} stands alone; give a recipe by --config={first}"
-        return f"{first} is no flag; write --{first.lstrip('-')}" if "=" in first else f"{first} is no flag of a recipe"
+        return f"{first!r} is no flag; write --{first}" if "=" in first else f"{first!r} is no flag of a recipe"
     found = re.match(r'Parser key "([\w.]+)"', text)
     values = re.findall(r"(?:Got value|Given value): (.*?)(?= - |$)", text)
     if not (found and values):

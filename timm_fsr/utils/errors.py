@@ -38,20 +38,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def killed_worker(error: BaseException) -> str:
-    """A sentence for torch's error about a worker of a data loader that something killed; "" for other errors.
-
-    torch raises it wherever the program is when it hears of the worker's end.
-    """
-    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
-        return ""
-    return (
-        f"a process that decodes images was killed ({' '.join(str(error).split())[:200]}); if the memory was full, lower "
-        "--data.workers (0 decodes without further processes), --data.size or --optim.batch_size; a training that has "
-        "saved a checkpoint goes on with --resume=true"
-    )
-
-
 def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int | None = None) -> None:
     """Refuse what is no batch of pixels with its classes.
 
