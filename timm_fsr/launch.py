@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import psutil
+import torch.distributed.run  # noqa: F401  (makes the loggers that are silenced below)
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str]) -> int:
         which the processes are told of and may save their work after.
     """
     options = launch_command_parser().parse_args(list(arguments))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     handlers = {signal.SIGINT: _wait_on, signal.SIGTERM: _pass_on}  # torch sets its own where there are several
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

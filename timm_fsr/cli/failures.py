@@ -32,7 +32,6 @@ _LESS_MEMORY = {
 }
 """By command, which flag lowers the need for memory."""
 
-
 _FEWER_WORKERS = (
     "if the memory was full, lower --data.workers (0 decodes without further processes), --data.size or "
     "--optim.batch_size; a training that has saved a checkpoint goes on with --resume=true"
@@ -134,9 +133,7 @@ def explanation(command: str, error: Exception) -> tuple[int, str]:
     unsound = next((cause for cause in (error, error.__cause__) if isinstance(cause, UnsoundError)), None)
     if unsound is not None:  # also in an error of torch's compiler
         return 2, f"error: {unsound}"
-    if isinstance(error, RuntimeError) and str(error).startswith(
-        "DataLoader worker"
-    ):  # whenever torch hears of its end
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return 2, f"error: a process that decodes images was killed ({_short(error, 200)}); {_FEWER_WORKERS}"
     if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):  # written for users
         return 2, f"error: {in_flags(command, str(error) or type(error).__name__)}"

@@ -162,12 +162,14 @@ def _other_classes(model: nn.Module, weights: Mapping[str, Tensor], shapes: list
 def _other_channels(model: nn.Module, weights: Mapping[str, Tensor], shapes: list[str]) -> str:
     """A sentence if the weights are for images of another number of channels."""
     key = f"{pretrained_cfg_of(model).get('first_conv')}.weight"
-    ours, theirs = (state[key].shape[1:2] if key in state else () for state in (model.state_dict(), weights))
-    if key not in shapes or ours == theirs or not theirs:
+    if key not in shapes or weights[key].ndim < 2:
+        return ""
+    ours, theirs = model.state_dict()[key].shape[1], weights[key].shape[1]
+    if ours == theirs:
         return ""
     return (
-        f"they are for images of {theirs[0]} channels, the model takes {ours[0]}; build it with in_chans={theirs[0]} (on "
-        f"the command line --model-args in_chans={theirs[0]})"
+        f"they are for images of {theirs} channels, the model takes {ours}; build it with in_chans={theirs} (on the "
+        f"command line --model-args in_chans={theirs})"
     )
 
 
