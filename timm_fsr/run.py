@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import timm_fsr  # noqa: F401  (registers the variants)
+from timm_fsr.utils.errors import UnsoundError
 
 
 def main(arguments: list[str]) -> int:
@@ -14,7 +15,11 @@ def main(arguments: list[str]) -> int:
         return 2
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
-    runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except UnsoundError as error:  # the script knows nothing of it; its own errors keep their traces
+        sys.stderr.write(f"{arguments[0]}: error: {error}\n")
+        return 2
     return 0
 
 

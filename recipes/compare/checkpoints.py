@@ -31,12 +31,12 @@ import torch
 import yaml
 from compare import (
     ERRORS,
-    UNFINISHED,
+    STOPS,
     Entry,
-    TimeIsUpError,
     compare,
     parse_args,
     parser,
+    stopped,
     test_images,
     time_limit,
 )
@@ -53,7 +53,6 @@ from timm_fsr.models.saving import load
 from timm_fsr.reports.comparison import mcnemar
 from timm_fsr.reports.report import WORST_CASE, Report
 from timm_fsr.training.recipe import Recipe
-from timm_fsr.training.step import InterruptedRunError
 from timm_fsr.utils.files import file_digest, write_text
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -89,7 +88,7 @@ def measure_speed(base: Recipe, args: argparse.Namespace) -> None:
         try:
             limit = 60 * args.minutes / 6 if args.minutes else None
             script = [sys.executable, str(BENCHMARKS / command[0]), *command[1:], "--json", str(fresh)]
-            subprocess.run(script, check=True, timeout=limit)
+            subprocess.run(script, check=True, timeout=limit, start_new_session=True)  # Ctrl-C is for this one
         except subprocess.TimeoutExpired:
             print(f"{command[0]} takes longer than a sixth of --minutes={args.minutes}: not measured", flush=True)
             continue
@@ -325,7 +324,7 @@ def work(base: Recipe, args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """All of it in turn; 0 if all is done, 75 if the time was up before, 2 if it cannot work."""
+    """All of it in turn; 0 if all is done, 75 if the time was up before, 2 if it cannot work, 130 after Ctrl-C."""
     try:
         args, overrides = parse_args(options(), arguments)
         base = Recipe.load(args.config, overrides)
@@ -338,9 +337,8 @@ def main(arguments: Sequence[str]) -> int:
         finally:
             if args.pack:
                 pack(args.output, args.pack)
-    except (TimeIsUpError, InterruptedRunError):
-        print("the time is up; the same command goes on from here", flush=True)
-        return UNFINISHED
+    except STOPS as stop:
+        return stopped(stop)
     except (*ERRORS, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -57,6 +57,10 @@ class TimeIsUpError(BaseException):
     """The minutes given are over, or SIGTERM came, outside of a training; no `except Exception` is to swallow it."""
 
 
+STOPS = (TimeIsUpError, InterruptedRunError, KeyboardInterrupt)
+"""What ends a script that goes on later."""
+
+
 def judged(entry: Entry, base: Recipe, args: argparse.Namespace) -> Report:
     """Train the entry's model unless that is done, attack it unless that is done, and return the report.
 
@@ -245,17 +249,23 @@ def others(
     return result
 
 
+def stopped(stop: BaseException) -> int:
+    """Say in a line what ended the script and how to go on; returns the exit status."""
+    by_hand = isinstance(stop, KeyboardInterrupt) or getattr(stop, "number", None) == signal.SIGINT
+    print(f"{'stopped by Ctrl-C' if by_hand else 'the time is up'}; the same command goes on from here", flush=True)
+    return 130 if by_hand else UNFINISHED
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Train, attack and draw; 0 if all is done, 75 if the time was up before, 2 if it cannot work."""
+    """Train, attack and draw; 0 if all is done, 75 if the time was up before, 2 if it cannot work, 130 after Ctrl-C."""
     try:
         args, overrides = parse_args(parser(__doc__), arguments)
         base = Recipe.load(args.config, overrides)
         args.output = args.output or base.folder
         with time_limit(args.minutes):
             compare(base, args)
-    except (TimeIsUpError, InterruptedRunError):
-        print("the time is up; the same command goes on from here", flush=True)
-        return UNFINISHED
+    except STOPS as stop:
+        return stopped(stop)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -109,3 +109,8 @@ def test_numbers_that_are_not_finite_are_refused(attack_class, value):
 def test_images_that_are_no_pixels_are_refused(attack_class, model):
     with pytest.raises(ValueError, match="divide them by 255"):
         build(attack_class)(loss_of(model), 255 * images())
+
+
+def test_a_model_with_images_and_labels_is_told_the_call(attack_class, model):
+    with pytest.raises(ValueError, match=r"called as attack\(loss_fn, images\), but \w+ was given 3 arguments"):
+        build(attack_class)(model, images(), torch.zeros(len(images()), dtype=torch.int64))

@@ -335,6 +335,14 @@ class TestEntryPoints:
         assert timm_fsr.run.main(arguments) == 0
         assert json.loads((tmp_path / "out.json").read_text()) == ["__main__", arguments, True]
 
+    def test_a_layer_left_out_in_such_a_script_is_a_sentence(self, tmp_path, monkeypatch, capsys):
+        script = tmp_path / "script.py"
+        script.write_text("from timm_fsr.utils.errors import UnsoundError\nraise UnsoundError('left out')\n")
+        monkeypatch.setattr(sys, "argv", sys.argv)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        assert timm_fsr.run.main([str(script)]) == 2
+        assert capsys.readouterr().err == f"{script}: error: left out\n"
+
     @pytest.mark.parametrize("arguments", [[], ["nowhere.py"]])
     def test_without_a_script_it_says_what_it_wants(self, arguments, capsys):
         assert timm_fsr.run.main(arguments) == 2
@@ -358,4 +366,4 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setitem(timm_fsr.cli.main._COMMANDS, "models", (interrupted, ""))
     assert main(["models"]) == 130
-    assert "timm-fsr models: interrupted; what was written so far is whole" in capsys.readouterr().err
+    assert "timm-fsr models: stopped by Ctrl-C; what was written so far is whole" in capsys.readouterr().err

@@ -278,3 +278,9 @@ def test_every_layer_runs_trains_and_leaves_on_every_backbone(backbone: TinyBack
     assert torch.equal(clone.eval()(backbone.images()), model.eval()(backbone.images()))
     timm_fsr.detach(model).load_state_dict(before)
     assert torch.equal(model(backbone.images()), expected)
+
+
+@pytest.mark.parametrize("layer", [None, 5])
+def test_what_names_no_layer_is_refused(layer: Any) -> None:
+    with pytest.raises(ValueError, match=rf"layer={layer} names no feature layer; give one of afd, "):
+        timm_fsr.attach(tiny_resnet(), layer)

@@ -209,3 +209,19 @@ def test_scripting_is_refused(network: Any) -> None:
         torch.jit.script(with_fsr(network()))
     with pytest.raises(ValueError, match=r"torch\.jit\.script does not support; use torch\.export"):
         timm.create_model("resnet_tiny_cifar_fsr", scriptable=True)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_code_that_would_leave_a_layer_out_is_refused(fullgraph: bool) -> None:
+    model = with_fsr(tiny_resnet()).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    expected = compiled(images())
+    site = model.fsr.sites[0]
+    parent, _, name = site.path.rpartition(".")
+    new = copy.deepcopy(with_fsr(tiny_resnet()).eval().get_submodule(site.path))
+    new._forward_hooks.clear()
+    del new._timm_fsr_sites
+    model.get_submodule(parent)._modules[name] = new
+    with pytest.raises(Exception, match=rf"'{site.path}' was left out of the forward pass"):
+        compiled(images())
+    torch.testing.assert_close(torch.compile(timm_fsr.reattach(model), backend="eager")(images()), expected)

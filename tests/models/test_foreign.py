@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import timm_fsr
 from timm_fsr.cli.main import main
-from timm_fsr.models.conversion import PLAIN, convert_checkpoint, convert_plain, read_foreign
+from timm_fsr.models.conversion import PLAIN, convert_checkpoint, convert_plain
+from timm_fsr.models.weight_files import read_foreign
 
 SPELLING = {  # ours -> as RobustBench's checkpoints have it, written by hand for a few keys of each network
     "resnet18_cifar": {

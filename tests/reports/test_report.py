@@ -210,6 +210,35 @@ class TestReadingBack:
         with pytest.raises(ValueError, match=message):
             Report.load(tmp_path / "report.json")
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("threat_model", {"norm": "linf", "eps": "abc"}),
+            ("threat_model", {"norm": "linf", "eps": None}),
+            ("threat_model", {"norm": "linf", "eps": float("nan")}),
+            ("threat_model", {"norm": "l7", "eps": 0.1}),
+            ("threat_model", {"norm": 7, "eps": 0.1}),
+            ("labels", ["a"] * 7),
+            ("labels", [1, 2]),
+            ("labels", [-1] * 7),
+            ("correct", {}),
+            ("correct", {"fgsm": "1110000"}),
+            ("correct", {"clean": "01", "fgsm": "1110000"}),
+            ("correct", {"clean": ""}),
+            ("conditions", {"classes": 5}),
+            ("conditions", {"recipe": 5}),
+            ("notes", [5]),
+            ("attacks", {"fgsm": 5}),
+            ("calibration", {"clean": 5}),
+            ("evidence", {"findings": 5}),
+            ("corruptions", {"fog": 5}),
+        ],
+    )
+    def test_values_that_no_evaluation_writes_are_refused(self, report, tmp_path, key, value):
+        (tmp_path / "report.json").write_text(json.dumps({**report.to_dict(), key: value}))
+        with pytest.raises(ValueError, match=r"report\.json: the report is damaged \(.*\); evaluate the model again"):
+            Report.load(tmp_path / "report.json")
+
     def test_damaged_values_are_refused(self, report):
         values = {**report.to_dict(), "threat_model": None}
         with pytest.raises(ValueError, match="evaluate the model again"):

@@ -140,6 +140,7 @@ class TestInput:
         [
             (lambda x, y: (255 * x, y), "divide them by 255"),
             (lambda x, y: ((255 * x).byte(), y), "dtype torch.uint8"),
+            (lambda x, y: (x.half(), y), r"images are float16 but the model's weights are float32; give images\.to"),
             (lambda x, y: (x, y + 99), "but the model has"),
             (lambda x, y: (x, y.float()), "dtype torch.float32; give one int64 class"),
         ],

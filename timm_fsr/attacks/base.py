@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,7 +114,24 @@ def register_attack(attack: AttackClass) -> AttackClass:
     if problem:
         raise RegistrationError(f"the attack {attack.__qualname__} {problem}")
     ATTACKS.add(getattr(attack, "name", ""), attack)
+    attack.__call__ = _with_two_arguments(attack.__call__)  # type: ignore[method-assign]
     return attack
+
+
+def _with_two_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The `__call__` of an attack, which explains itself to who gives it a model, images and labels."""
+
+    @functools.wraps(call)
+    def explained(self: Attack, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) > 2:
+            raise ValueError(
+                f"an attack is called as attack(loss_fn, images), but {type(self).__name__} was given {len(args)} "
+                "arguments; the model and its labels belong into the loss: attack(lambda x: F.cross_entropy(model(x), "
+                "labels, reduction='none'), images)"
+            )
+        return call(self, *args, **kwargs)
+
+    return explained
 
 
 def _attack_problem(attack: type) -> str:

@@ -6,9 +6,10 @@ import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import yaml
 from rich.console import Console
 from torch import nn
 
@@ -108,9 +109,22 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     _print_report(report, options, console, noted)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says where the model went if a flag that takes several names took it too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with status 2."""
+        if message == "the following arguments are required: model":
+            message = (
+                "no MODEL is given; write it first, as in `timm-fsr evaluate MODEL --attacks fgsm`: --attacks, "
+                "--transfer-from and --model-args take all names that follow them"
+            )
+        super().error(message)
+
+
 def _evaluate_parser() -> argparse.ArgumentParser:
     attacks = textwrap.fill(", ".join(list_attacks()), 110, initial_indent="  ", subsequent_indent="  ")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="timm-fsr evaluate",
         description=_EVALUATE.format(attacks=attacks),
         formatter_class=HelpFormatter,
@@ -126,6 +140,14 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         "--num-classes",
         type=int,
         help="classes of a model whose weights come from --checkpoint (default: the architecture's)",
+    )
+    parser.add_argument(
+        "--model-args",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how a model whose weights come from --checkpoint is built, such as fsr_hidden=16 (default: as its "
+        "architecture is)",
     )
     data = parser.add_argument_group("data")
     kinds = "a folder (images, Parquet, IDX), a file (Parquet, npz) or a Hub id"
@@ -206,7 +228,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
 def _check_attacked(options: argparse.Namespace) -> None:
     """Refuse what --attacked, which attacks nothing and writes nothing, has no use for."""
     parser = _evaluate_parser()
-    used = ("model", "checkpoint", "num_classes", "attacked", "device", "classes")
+    used = ("model", "checkpoint", "num_classes", "model_args", "attacked", "device", "classes")
     for name, value in vars(options).items():
         if name not in used and value != parser.get_default(name):
             raise ValueError(
@@ -251,11 +273,34 @@ def _load_model(options: argparse.Namespace, device: torch.device) -> nn.Module:
     if options.checkpoint is None:
         if options.num_classes is not None:
             raise ValueError("--num-classes belongs to --checkpoint; other weights bring their own number of classes")
+        if options.model_args:
+            raise ValueError("--model-args belongs to --checkpoint; other weights bring their own arguments")
         return load(options.model, pretrained=True).to(device)
-    classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    arguments = _model_args(options.model_args)
+    if options.num_classes is not None:
+        arguments["num_classes"] = options.num_classes
     if not Path(options.checkpoint).is_file():
         raise FileNotFoundError(f"there is no file {options.checkpoint}; check the path given with --checkpoint")
-    return load(options.model, pretrained=False, checkpoint_path=options.checkpoint, **classes).to(device)
+    return load(options.model, pretrained=False, checkpoint_path=options.checkpoint, **arguments).to(device)
+
+
+def _model_args(given: Sequence[str]) -> dict[str, Any]:
+    """The keyword arguments of `timm.create_model` that KEY=VALUE texts name, with values as YAML reads them."""
+    arguments: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (equals and key.isidentifier()) or key in ("pretrained", "checkpoint_path", "num_classes"):
+            raise ValueError(
+                f"--model-args takes KEY=VALUE such as fsr_hidden=16, not {text!r}; classes are --num-classes, weights "
+                "--checkpoint"
+            )
+        try:
+            arguments[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"--model-args {text}: the value cannot be read ({' '.join(str(error).split())})"
+            ) from error
+    return arguments
 
 
 def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: bool) -> ImageData:
@@ -356,6 +401,10 @@ def _default_device() -> torch.device:
 
 
 def _device(text: str) -> torch.device:
+    if text.split(":")[0] == "meta":
+        raise argparse.ArgumentTypeError(
+            "'meta' keeps shapes and no numbers, so that nothing can be evaluated; use cpu"
+        )
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:

@@ -17,9 +17,10 @@ from timm_fsr.cli.help import HelpFormatter
 from timm_fsr.hub.bundle import read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, render_card
 from timm_fsr.hub.publish import collect, push_to_hub
-from timm_fsr.models.conversion import PLAIN, convert_checkpoint, read_foreign
+from timm_fsr.models.conversion import PLAIN, convert_checkpoint
 from timm_fsr.models.pretrained import CARD, REPORT, Pretrained, list_pretrained
 from timm_fsr.models.saving import save_pretrained
+from timm_fsr.models.weight_files import read_foreign
 from timm_fsr.models.weights import CONFIG, check_finite_weights
 from timm_fsr.reports.report import STRONG_ATTACKS, Report
 from timm_fsr.utils.files import staged, write_text

@@ -6,16 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-
 from timm_fsr.cli.demo import demo_command
 from timm_fsr.cli.evaluate import evaluate_command
 from timm_fsr.cli.extensions import import_given
+from timm_fsr.cli.failures import DEBUG_HELP, reported, without_debug
 from timm_fsr.cli.hub import card_command, convert_command, models_command, push_command
 from timm_fsr.cli.runs import report_command
 from timm_fsr.cli.train import train_command
-from timm_fsr.training.step import InterruptedRunError
-from timm_fsr.utils.errors import UnsoundError
 from timm_fsr.version import __version__
 
 Command = Callable[[Sequence[str]], None]
@@ -25,35 +22,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, 2 after printing what was wrong with the input, 130 after Ctrl-C, or 143 after a SIGTERM, as shells say it; a
-        training saves first.
+        The exit status, as `timm_fsr.cli.failures.reported` describes it.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given, debug = without_debug(sys.argv[1:] if arguments is None else arguments)
     listing = "\n".join(f"  {name:10}{about}" for name, (_, about) in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="timm-fsr",
         usage="timm-fsr COMMAND ...",
         description=f"{listing}\n\n`timm-fsr COMMAND --help` tells more. `--import FILE_OR_MODULE`, with any command,\n"
-        "imports code of your own that registers layers, objectives, attacks or suites.",
+        f"imports code of your own that registers layers, objectives, attacks or suites. {DEBUG_HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"timm_fsr {__version__}")
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help="one of the above")
     command = parser.parse_args(given[:1]).command
-    try:
-        rest = import_given(given[1:])
-        _COMMANDS[command][0](given[1:] if command == "train" else rest)  # a recipe remembers what it needs
-    except InterruptedRunError as stopped:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: {stopped}", markup=False)
-        return 128 + stopped.number  # 143 or 130, as shells say it
-    except KeyboardInterrupt:
-        text = f"timm-fsr {command}: interrupted; what was written so far is whole"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
-        return 130
-    except (ValueError, OSError, FloatingPointError, ImportError, UnsoundError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"timm-fsr {command}: error: {error}", markup=False)
-        return 2
-    return 0
+    return reported(command, lambda: _run(command, given[1:]), given[1:], debug=debug)
+
+
+def _run(command: str, arguments: Sequence[str]) -> None:
+    others = import_given(arguments)
+    _COMMANDS[command][0](arguments if command == "train" else others)  # a recipe remembers what it needs
 
 
 _COMMANDS: dict[str, tuple[Command, str]] = {

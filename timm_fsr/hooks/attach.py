@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_fsr.hooks.placement import At, find_places, pretrained_cfg_of
 from timm_fsr.hooks.site import HEARD, Heard, LayerGroup, Site
-from timm_fsr.layers import layer_class
+from timm_fsr.layers import layer_class, list_layers
 from timm_fsr.layers.base import FeatureLayer, check_layer_args
 from timm_fsr.layers.scope import RECORDINGS, innermost
 from timm_fsr.utils.errors import UnsoundError
@@ -51,6 +51,11 @@ def attach(
             the logits; the layer is attached already; the model is wrapped, or being recorded. The model is left as it
             was.
     """
+    if not isinstance(layer, str):
+        raise ValueError(
+            f"layer={layer!r} names no feature layer; give one of {', '.join(list_layers())}, or leave the model as it "
+            "is instead of calling attach"
+        )
     cls = layer_class(layer)
     args = dict(layer_args or {})
     check_layer_args(cls, args)
@@ -156,8 +161,15 @@ def note_image_size(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def begin_pass(root: nn.Module, _: Any) -> None:
-    """Forward pre-hook of the model: listen for its sites. Compiled and exported code is left alone."""
-    if not torch.compiler.is_compiling():
+    """Forward pre-hook of the model: listen for its sites. In compiled code nobody hears: look once, in tracing.
+
+    Raises:
+        UnsoundError: compiled code would leave a layer out, as its module was replaced; torch puts it into an error of
+            its own.
+    """
+    if torch.compiler.is_compiling():
+        _check_traced(root)
+    else:
         HEARD.set(Heard(root, HEARD.get()))
 
 
@@ -194,6 +206,9 @@ def check_sites(model: nn.Module) -> None:
                 module = nn.Module()
             if not any(site in vars(inner).get(_SITES, ()) for inner in module.modules()):
                 raise UnsoundError(_told_silent(site))
+
+
+_check_traced = torch.compiler.assume_constant_result(check_sites)  # called while code is traced, not traced itself
 
 
 def rebuilding_args(model: nn.Module) -> dict[str, Any]:

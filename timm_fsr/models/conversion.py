@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from timm_fsr.utils.errors import unknown
@@ -336,36 +332,6 @@ def _listed(keys: Iterable[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def read_foreign(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file; nothing in it is executed.
-
-    Args:
-        path: `.safetensors`, or anything that `torch.save` wrote, which is read with `weights_only=True`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, holds no dictionary, or needs code to be run, which is refused.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give the path of a .pth, .pt or .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, or is damaged, and is not read: unpickling it could run any code "
-            f"({_reason(error)}); ask its author for a state dict, or make one in a sandbox by torch.save(model."
-            "state_dict(), path)"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({_reason(error)}); download it again") from error
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors; save a state dict")
-    return dict(found)
-
-
 def convert_checkpoint(
     checkpoint: Mapping[str, Any],
     architecture: str,
@@ -428,10 +394,3 @@ def _of_channels(name: str, values: Sequence[float], channels: int) -> tuple[flo
     if name == "std" and min(numbers) <= 0:
         raise ValueError(f"the std {numbers} must be positive, for images are divided by it; give another --std")
     return numbers
-
-
-def _reason(error: Exception) -> str:
-    """The line of an error that says what was found, without torch's advice to read the file anyway."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "GLOBAL" in line or "Unsupported" in line or "global" in line]
-    return (telling or lines or [type(error).__name__])[0][:300]

@@ -13,7 +13,7 @@ from timm_fsr.hooks.attach import watch_classifier
 from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.memory import activation_bytes
 from timm_fsr.models.pixel import base_model, device_of
-from timm_fsr.utils.errors import ImageSizeError
+from timm_fsr.utils.errors import ImageSizeError, UnsoundError, is_out_of_memory
 from timm_fsr.utils.memory import check_memory
 from timm_fsr.utils.random import own_randomness
 
@@ -35,7 +35,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     model = base_model(model)
     names = pretrained_cfg_of(model).get("label_names")
     if isinstance(names, Mapping):  # timm knows this form too: by number
-        numbered = {int(number): name for number, name in names.items()}
+        numbered = {int(number): name for number, name in names.items() if str(number).isdigit()}
         names = [numbered[number] for number in range(len(numbered)) if number in numbered]
     if not names or isinstance(names, str) or len(names) != getattr(model, "num_classes", len(names)):
         return None
@@ -121,7 +121,11 @@ def check_runs(model: nn.Module, image_size: tuple[int, int, int]) -> Any:
     try:
         with torch.no_grad(), own_randomness(device):
             return model.eval()(image)
+    except UnsoundError:  # of a layer that was left out, at any size
+        raise
     except Exception as error:  # each network has its own for this: AssertionError, RuntimeError, ValueError ...
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise ImageSizeError(
             f"{pretrained_cfg_of(base_model(model)).get('architecture') or type(base_model(model)).__name__} does not "

@@ -17,6 +17,9 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save, save_file
+from timm.layers.create_act import _ACT_LAYER_DEFAULT
+from timm.layers.create_norm import _NORM_MAP
+from timm.models import get_arch_pretrained_cfgs
 from timm.models._hub import download_from_hf, hf_split, save_config_for_hf
 from torch import Tensor, nn
 
@@ -27,6 +30,7 @@ from timm_fsr.layers import LAYERS, list_layers
 from timm_fsr.models.description import class_names, forget_other_classes
 from timm_fsr.models.pixel import base_model
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT, list_pretrained
+from timm_fsr.models.weight_files import load_weight_file
 from timm_fsr.models.weights import (
     CONFIG,
     RECORD,
@@ -41,7 +45,7 @@ from timm_fsr.models.weights import (
 )
 from timm_fsr.reports.report import Report
 from timm_fsr.utils.documents import read_yaml
-from timm_fsr.utils.errors import unknown
+from timm_fsr.utils.errors import is_out_of_memory, unknown
 from timm_fsr.utils.files import staged
 from timm_fsr.utils.hub_errors import explained
 from timm_fsr.version import __version__
@@ -320,6 +324,7 @@ def resolve(name: str) -> str:
         ValueError, FileNotFoundError: see `load`.
     """
     if timm.is_model(name.split(".")[0]):
+        _check_tag(name)
         return name
     path = Path(name.removeprefix(FOLDER))
     if name.startswith(FOLDER) or path.is_dir():
@@ -338,6 +343,19 @@ def resolve(name: str) -> str:
             "for a model of the Hub"
         )
     raise ValueError(f"{unknown('model', name, timm.list_models())}; no folder is called so; see timm.list_models()")
+
+
+def _check_tag(name: str) -> None:
+    """Refuse a tag that the architecture does not have."""
+    architecture, _, tag = name.partition(".")
+    known = [key for key in get_arch_pretrained_cfgs(architecture) if "." in key]
+    if not tag or name in known:
+        return
+    if not known:
+        raise ValueError(f"{architecture} has no pretrained tags, so there is no {name}; leave out .{tag}")
+    hint = unknown("pretrained tag", name, known)
+    listed = "" if len(known) <= 12 else f"; timm.list_pretrained('{architecture}*') lists them"
+    raise ValueError(f"{hint}{listed}")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -392,21 +410,49 @@ def _remedy(config: Mapping[str, Any]) -> str:
 
 def _create(name: str, source: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
     """Timm's model; `source` is where its configuration is, as in a `pretrained_cfg`."""
+    arguments = dict(arguments)
+    file = arguments.pop("checkpoint_path", None)
     with told_by_version(source, arguments.get("cache_dir")):
         try:
             model = timm.create_model(name, **arguments)
         except (TypeError, AttributeError, AssertionError) as error:
             raise ValueError(f"{name} cannot be built with these arguments: {_one_line(error)}") from error
-        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-            raise ValueError(
-                f"the weights of {name} are missing, damaged, for another network or no plain tensors: "
-                f"{_one_line(error)}"
-            ) from error
-    if arguments.get("pretrained") or arguments.get("pretrained_backbone") or arguments.get("checkpoint_path"):
-        check_finite_weights(model, f"the weights of {arguments.get('checkpoint_path') or name}")
+        except KeyError as error:
+            raise ValueError(_unknown_value(name, error, arguments)) from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            if "No pretrained weights exist" in str(error):
+                raise ValueError(
+                    f"{name} is an architecture, for which timm knows no trained weights; give a trained model (a "
+                    "folder, a pretrained tag or a repository), or a file of weights by checkpoint_path=... (on the "
+                    "command line --checkpoint)"
+                ) from error
+            raise ValueError(_unusable(name, error)) from error
+    if file:
+        load_weight_file(model, file)
+    if file or arguments.get("pretrained") or arguments.get("pretrained_backbone"):
+        check_finite_weights(model, f"the weights of {file or name}")
     forget_other_classes(model)
     watch_classifier(model)
     return model
+
+
+def _unknown_value(name: str, error: KeyError, arguments: Mapping[str, Any]) -> str:
+    """What is wrong where timm looks for a name in vain: most often that of an argument."""
+    given = {**(saved_config(name).get("model_args") or {}), **arguments}
+    wanted = error.args[0] if error.args else None
+    argument = next((key for key, value in given.items() if value == wanted), None)
+    if argument is None:
+        return _unusable(name, error)
+    known = {"act_layer": _ACT_LAYER_DEFAULT, "norm_layer": _NORM_MAP}.get(argument)
+    if known is None:
+        return f"{name} cannot be built with {argument}={wanted!r}: timm knows no such name"
+    return f"{name} cannot be built: {unknown(argument, str(wanted), sorted(known))}"
+
+
+def _unusable(name: str, error: Exception) -> str:
+    return f"the weights of {name} are missing, damaged, for another network or no plain tensors: {_one_line(error)}"
 
 
 def _one_line(error: Exception) -> str:
@@ -511,7 +557,10 @@ def training_report(name: str, model: nn.Module) -> Report | None:
     path = _find(resolve(name), REPORT)
     if path is None or not path.is_file():
         return None
-    report = Report.load(path)
+    try:
+        report = Report.load(path)
+    except ValueError as error:
+        raise ValueError(f"{error} (after deleting that file, which is in the way)") from error
     recorded = report.conditions.get("weights_sha256")
     return report if recorded in (None, weights_digest(model)) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -294,9 +295,10 @@ def _load_layer(group: LayerGroup, state: StateDict, source_classes: int, classe
     try:
         group.load_state_dict(state, strict=True)
     except RuntimeError as error:
+        first = " ".join(str(error).split(":", 1)[-1].split())
         raise ValueError(
             "the weights do not fit the feature layer this model was built with; build it with the arguments and "
-            f"places of its config.json: {error}"
+            f"places of its config.json: {textwrap.shorten(first, 300, placeholder=' ...')}"
         ) from error
     if source_classes != classes:
         group.reset_classifier(classes)

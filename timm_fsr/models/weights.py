@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,34 @@ def read_config(folder: str | Path, source: str | None = None) -> dict[str, Any]
     if not isinstance(config, dict):
         raise damaged(source, "it holds no keys and values")
     check_record(config, source)
+    _check_values(config, source)
     return config
+
+
+def _check_values(config: Mapping[str, Any], source: str) -> None:
+    """Refuse values of `config.json` that no model has, before timm fails on them in its own words."""
+    own = config.get("pretrained_cfg")
+    for key, kind in (("model_args", Mapping), ("pretrained_cfg", Mapping)):
+        if key in config and not isinstance(config[key], kind):
+            raise damaged(source, f"{key!r} is {config[key]!r}")
+    for where, values in (("", config), ("pretrained_cfg.", own or {})):
+        for key, fits in _VALUES.items():
+            if values.get(key) is not None and not fits(values[key]):
+                raise damaged(source, f"'{where}{key}' is {values[key]!r}")
+
+
+def _are(kind: type | tuple[type, ...], values: object) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, kind) for value in values)
+
+
+_VALUES: dict[str, Callable[[Any], bool]] = {
+    "num_classes": lambda value: isinstance(value, int) and value >= 0,
+    "label_names": lambda value: isinstance(value, (list, tuple, dict)),
+    "input_size": lambda value: _are(int, value) and len(value) == 3 and min(value) > 0,
+    "mean": lambda value: _are((int, float), value) and len(value) > 0,
+    "std": lambda value: _are((int, float), value) and len(value) > 0,
+}
+"""By key, whether a value is one that timm can use, both at the top of `config.json` and in its `pretrained_cfg`."""
 
 
 def damaged(source: str, reason: object) -> ValueError:
@@ -100,8 +127,17 @@ def check_record(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         ValueError: it needs a newer version of this package, or is damaged.
     """
     record = config.get(RECORD, {})
-    if not isinstance(record, Mapping) or not isinstance(record.get("format", 1), int) or not _is_digest(record):
-        raise ValueError(f"the configuration of {source} is damaged: {RECORD!r} holds {record!r}; save the model again")
+    if not isinstance(record, Mapping):
+        raise damaged(source, f"{RECORD!r} is {record!r}")
+    sound = {
+        "format": isinstance(record.get("format", 1), int),
+        "sha256": _is_digest(record),
+        "origin": isinstance(record.get("origin", {}), Mapping),
+        "imports": _are(str, record.get("imports", [])),
+    }
+    for key, fits in sound.items():
+        if not fits:
+            raise damaged(source, f"'{RECORD}.{key}' is {record[key]!r}")
     if record.get("format", 1) > FORMAT:
         raise ValueError(
             f"{source} was saved by timm_fsr {record.get('version')} in format {record['format']}, but timm_fsr "

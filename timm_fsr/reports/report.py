@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ WORST_CASE = "worst_case"
 
 STRONG_ATTACKS = ("autoattack", "plus", "rand", "adaptive")
 """A robust accuracy that none of these attacks has tested is only an upper bound."""
+
+NORMS = ("linf", "l2", "l1")
+"""Of threat models."""
 
 _FILE = "report.json"
 
@@ -169,7 +173,7 @@ class Report:
         """Rebuild a report written by `to_dict`, also by an older version of it.
 
         Raises:
-            ValueError: written by a newer version, or incomplete.
+            ValueError: written by a newer version, incomplete, or with values that no evaluation writes.
         """
         if values.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
             raise ValueError(
@@ -178,7 +182,7 @@ class Report:
             )
         try:
             labels = values.get("labels")
-            return cls(
+            report = cls(
                 correct={name: _from_text(flags) for name, flags in values["correct"].items()},
                 stages={
                     name: {key: _from_text(flags) for key, flags in parts.items()}
@@ -197,8 +201,12 @@ class Report:
             )
         except KeyError as error:
             raise ValueError(f"the report lacks the key {error}; evaluate the model again") from error
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"the report is damaged ({error}); evaluate the model again") from error
+        damage = _damage(report)
+        if damage:
+            raise ValueError(f"the report is damaged ({damage}); evaluate the model again")
+        return report
 
     def to_json(self) -> str:
         """The text of `report.json`."""
@@ -235,7 +243,10 @@ class Report:
             raise ValueError(f"{path} is not JSON ({error}); evaluate the model again") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no report; evaluate the model again")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def summary(self) -> str:
         """One line: every accuracy in percent, the threat model, and what takes meaning from the worst case."""
@@ -263,6 +274,41 @@ def _spoken(name: str) -> str:
         return name
     steps = f"-{found[2]}" if found[2] else ""
     return f"{_SPOKEN[found[1]]}{steps}{f' with {found[3]} restarts' if found[3] else ''}"
+
+
+def _damage(report: Report) -> str:
+    """What in a report that was read no evaluation can have written; "" if nothing."""
+    lengths = {len(flags) for flags in report.correct.values()}
+    lengths |= {len(flags) for parts in report.stages.values() for flags in parts.values()}
+    if "clean" not in report.correct or len(lengths) != 1 or lengths == {0}:
+        return f"'correct' has outcomes of {', '.join(map(str, sorted(lengths))) or 'no'} images"
+    if report.labels is not None and (report.labels.shape != (report.count,) or int(report.labels.min()) < 0):
+        return f"'labels' are not the classes of {report.count} images"
+    known: dict[str, Any] = {  # what is looked into by those who read reports
+        "threat_model.eps": (report.eps, (int, float)),
+        "attacks": (list(report.attacks.values()), [str]),
+        "notes": (list(report.notes), [str]),
+        "conditions.classes": (report.conditions.get("classes"), [str]),
+        "conditions.recipe": (report.conditions.get("recipe"), dict),
+        "calibration": (list(report.calibration.values()), [dict]),
+        "evidence.findings": (report.evidence.get("findings"), [dict]),
+        "corruptions": (list(report.corruptions.values()), [dict]),
+    }
+    for key, (value, kind) in known.items():
+        if value is not None and not _is_of(value, kind):
+            return f"{key!r} is {textwrap.shorten(repr(value), 80, placeholder=' ...')}"
+    if report.norm not in NORMS:
+        return f"'threat_model.norm' is {report.norm!r}"
+    if report.eps is None or not 0 <= report.eps < float("inf"):
+        return f"'threat_model.eps' is {report.eps!r}"
+    return ""
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value has this type, or is a list of values of the one type in `kind`."""
+    if isinstance(kind, list):
+        return isinstance(value, (list, tuple)) and all(isinstance(entry, kind[0]) for entry in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _share(outcome: Tensor) -> float:

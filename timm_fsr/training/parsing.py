@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -68,7 +69,12 @@ def read_options(options: type[Options], arguments: Sequence[str], parser: Argum
             _check_keys(options, _read_yaml(Path(value)), f" in {value}")
         elif key not in ("config", "help", "print_config"):
             _check_keys(options, _flag_values(key, value), "")
-    return _instance(options, parser, lambda: parser.parse_args(list(arguments)))
+    flags = {key for key, _ in _flags(arguments)}
+
+    def told(key: str, value: str) -> str:
+        return f"--{key}={value}" if key in flags else f"{key}: {value} in the recipe"
+
+    return _instance(options, parser, lambda: parser.parse_args(list(arguments)), told)
 
 
 def read_values(options: type[Options], values: Mapping[str, Any], parser: ArgumentParser) -> Options:
@@ -78,16 +84,58 @@ def read_values(options: type[Options], values: Mapping[str, Any], parser: Argum
         ValueError: see `read_options`.
     """
     _check_keys(options, values, "")
-    return _instance(options, parser, lambda: parser.parse_object(dict(values)))
+    return _instance(options, parser, lambda: parser.parse_object(dict(values)), lambda key, value: f"{key}={value}")
 
 
-def _instance(options: type[Options], parser: ArgumentParser, parse: Callable[[], Any]) -> Options:
+def _instance(
+    options: type[Options], parser: ArgumentParser, parse: Callable[[], Any], told: Callable[[str, str], str]
+) -> Options:
+    """What `parse` gives as `options`; `told` writes a key and its value as the user has written them."""
     try:
         values = vars(parser.instantiate(parse()))
     except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_explained(options, " ".join(str(error).split()), told)) from error
     values.pop("config", None)
     return _with_floats(options(**values))
+
+
+def _explained(options: type, text: str, told: Callable[[str, str], str]) -> str:
+    """A message of jsonargparse in our words, as far as it is one of those that users cause."""
+    if found := re.match("[Uu]nrecognized arguments: (.*)", text):
+        first = found[1].split()[0]
+        if first.endswith((".yaml", ".yml")):
+            return f"{first} stands alone; give a recipe by --config={first}"
+        return f"{first!r} is no flag; write --{first}" if "=" in first else f"{first!r} is no flag of a recipe"
+    found = re.match(r'Parser key "([\w.]+)"', text)
+    values = re.findall(r"(?:Got value|Given value): (.*?)(?= - |$)", text)
+    if not (found and values):
+        return text
+    wanted = _wanted(_hint(options, found[1]))
+    return f"{told(found[1], values[-1])} is {wanted}" if wanted else text
+
+
+def _hint(options: Any, key: str) -> Any:
+    """The type of a dotted key; None if there is no such key."""
+    head, _, rest = key.partition(".")
+    hint = typing.get_type_hints(options).get(head)
+    return _hint(hint, rest) if rest and dataclasses.is_dataclass(hint) else None if rest else hint
+
+
+def _wanted(hint: Any) -> str:
+    """What a value that is none of this type should be; "" for types without a word of their own."""
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
+    if typing.get_origin(hint) is Literal:
+        return f"none of the choices; use {', '.join(map(str, kinds))}"
+    if typing.get_origin(hint) in (list, dict):
+        kinds = [typing.get_origin(hint)]
+    known = {
+        bool: "neither true nor false; write one of these",
+        int: "no whole number; write one such as 10",
+        _Number: "no number; write 0.03, 1e-3 or 8/255",
+        list: "no list; write [ONE, TWO] in brackets",
+        dict: "no keys and values; write {KEY: VALUE} in braces",
+    }
+    return next((known[kind] for kind in kinds if isinstance(kind, type) and kind in known), "")
 
 
 def _with_floats(value: Any) -> Any:

@@ -130,6 +130,8 @@ class Recipe:
         """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""
         for source in self.imports:
             self._import(source)
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} is more than 64 bits hold; give a number from 0 to 2**64 - 1")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; leave one of them out")
         for options in (self.data, self.attack, self.optim, self.evaluation, self.checkpoint):

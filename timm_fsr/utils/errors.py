@@ -24,6 +24,20 @@ def unknown(what: str, given: str, known: list[str]) -> str:
     return f"unknown {what} {given!r}{hint}{listing}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, says that the memory of the machine or of a GPU is full."""
+    found: BaseException | None = error
+    while found is not None:
+        text = str(found).lower()
+        if isinstance(found, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(found, RuntimeError)
+            and any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))
+        ):
+            return True
+        found = found.__cause__
+    return False
+
+
 def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int | None = None) -> None:
     """Refuse what is no batch of pixels with its classes.
 

@@ -113,6 +113,7 @@ class Objective:
         """
         inner = unwrapped(model)
         check_images(images, labels, getattr(getattr(inner, "model", inner), "num_classes", None) or None)
+        _check_dtype(inner, images)
         if not self.attacks:
             return images
         self.check_attack(attack)
@@ -164,6 +165,17 @@ def register_objective(objective: ObjectiveClass) -> ObjectiveClass:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _check_dtype(model: nn.Module, images: Tensor) -> None:
+    """Raise ValueError for images of another precision than the model's, which no layer multiplies."""
+    own = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), images.dtype)
+    if images.dtype != own and not torch.is_autocast_enabled(images.device.type):
+        name = str(own).removeprefix("torch.")
+        raise ValueError(
+            f"images are {str(images.dtype).removeprefix('torch.')} but the model's weights are {name}; give "
+            f"images.to(torch.{name}), and use torch.autocast for mixed precision"
+        )
 
 
 def check_weight(name: str, weight: float) -> None:
