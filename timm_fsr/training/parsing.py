@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
 
+from timm_fsr.training.catalog import find_recipe
 from timm_fsr.utils.errors import unknown
 
 Options = TypeVar("Options")
@@ -62,6 +63,7 @@ def read_options(options: type[Options], arguments: Sequence[str], parser: Argum
         FileNotFoundError: no such recipe file.
         ValueError: an unknown key (the message names the nearest), or a value of another type.
     """
+    arguments = _with_files(arguments)
     for key, value in _flags(arguments):
         if key == "config" and value is not None:
             _check_keys(options, _read_yaml(Path(value)), f" in {value}")
@@ -100,6 +102,17 @@ def _with_floats(value: Any) -> Any:
 def write_options(options: Any) -> str:
     """All keys of a dataclass, defaults included, as YAML that `read_options` reads."""
     return yaml.safe_dump(_plain(dataclasses.asdict(options)), sort_keys=False)
+
+
+def _with_files(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the file of each recipe that --config names."""
+    found = list(arguments)
+    for position, argument in enumerate(found):
+        if argument.startswith("--config="):
+            found[position] = f"--config={find_recipe(argument.removeprefix('--config='))}"
+        elif argument == "--config" and position + 1 < len(found):
+            found[position + 1] = str(find_recipe(found[position + 1]))
+    return found
 
 
 def _flags(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -142,8 +155,6 @@ def _check_keys(options: Any, given: Mapping[str, Any], where: str, prefix: str 
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {path}; give the path of a YAML file, such as those in recipes/")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

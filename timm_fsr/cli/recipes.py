@@ -1,0 +1,54 @@
+"""timm-fsr recipes: list the recipes that come with the package, print one or copy it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from timm_fsr.training.catalog import RecipeEntry, find_recipe, list_recipes
+from timm_fsr.utils.files import write_text
+
+_NARROWEST, _WIDEST = 40, 100
+
+
+def recipes_command(options: argparse.Namespace) -> None:
+    """`timm-fsr recipes [NAME]`: list the recipes, print one, or copy it to a file."""
+    if options.name is None:
+        if options.output or options.overwrite:
+            raise ValueError("--output and --overwrite are for one recipe: timm-fsr recipes NAME --output FILE")
+        entries = list_recipes()
+        sys.stdout.write(_as_json(entries) if options.json else "\n".join(_listing(entries)) + "\n")
+        return
+    text = find_recipe(options.name).read_text(encoding="utf-8")
+    if options.output is None:
+        sys.stdout.write(text)
+        return
+    target = Path(options.output)
+    if target.exists() and not options.overwrite:
+        raise FileExistsError(f"{target} is there already; choose another file, or add --overwrite")
+    write_text(target, text)
+    sys.stdout.write(f"{target}; train by it with: timm-fsr train --config {target}\n")
+
+
+def _listing(entries: list[RecipeEntry]) -> Iterator[str]:
+    width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((80, 24)).columns))
+    for entry in entries:
+        yield entry.name
+        for text in (
+            entry.purpose,
+            f"data: {entry.data}; network: {entry.network}",
+            f"cost: {entry.cost}; results: {entry.measured}",
+        ):
+            yield textwrap.fill(text, width, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
+    yield "\n`timm-fsr recipes NAME` prints one, `timm-fsr train --config NAME` trains by it."
+
+
+def _as_json(entries: list[RecipeEntry]) -> str:
+    rows = [{**dataclasses.asdict(entry), "path": str(entry.path)} for entry in entries]
+    return json.dumps(rows, indent=2) + "\n"
