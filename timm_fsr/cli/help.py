@@ -28,6 +28,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         )
         return textwrap.indent("\n\n".join(lines), indent)
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N" if action.type is int else super()._get_default_metavar_for_optional(action)
+
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 

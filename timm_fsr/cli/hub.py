@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
+from timm_fsr.cli.listing import listed
 from timm_fsr.hub.bundle import read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, render_card
 from timm_fsr.hub.publish import collect, push_to_hub
@@ -33,13 +32,17 @@ def models_command(options: argparse.Namespace) -> None:
     if not rows:
         console.print("this installation of timm_fsr describes no checkpoints")
         return
-    table = Table(box=None, pad_edge=False)
-    for name in rows[0]:
-        right = name in ("clean", "robust", "size")
-        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name == "name")
     for row in rows:
-        table.add_row(*(escape(_cell(key, value)) for key, value in row.items()))
-    Console(highlight=False, width=None if console.is_terminal else 240).print(table)  # a file has no width
+        console.print(row["name"], markup=False)
+        console.print(
+            listed(
+                f"clean {100 * row['clean']:.1f} %, robust {100 * row['robust']:.1f} % ({row['threat']}, "
+                f"{row['attacks']}, {row['images']} images)",
+                f"data: {row['data']}",
+                f"{_megabytes(row['size'])}, from {row['source']}",
+            ),
+            markup=False,
+        )
 
 
 def card_command(options: argparse.Namespace) -> None:
@@ -127,9 +130,5 @@ def _row(entry: Pretrained) -> dict[str, Any]:
     }
 
 
-def _cell(key: str, value: Any) -> str:
-    if key in ("clean", "robust"):
-        return f"{100 * value:.1f} %"
-    if key == "size":
-        return f"{value / 1e6:.1f} MB" if value else "?"
-    return str(value)
+def _megabytes(size: int | None) -> str:
+    return f"{size / 1e6:.1f} MB" if size else "of unknown size"

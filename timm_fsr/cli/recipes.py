@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from timm_fsr.cli.listing import listed
 from timm_fsr.training.catalog import RecipeEntry, find_recipe, list_recipes
 from timm_fsr.utils.files import write_text
-
-_NARROWEST, _WIDEST = 40, 100
 
 
 def recipes_command(options: argparse.Namespace) -> None:
@@ -37,15 +34,13 @@ def recipes_command(options: argparse.Namespace) -> None:
 
 
 def _listing(entries: list[RecipeEntry]) -> Iterator[str]:
-    width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size((80, 24)).columns))
     for entry in entries:
         yield entry.name
-        for text in (
+        yield listed(
             entry.purpose,
             f"data: {entry.data}; network: {entry.network}",
             f"cost: {entry.cost}; results: {entry.measured}",
-        ):
-            yield textwrap.fill(text, width, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
+        )
     yield "\n`timm-fsr recipes NAME` prints one, `timm-fsr train --config NAME` trains by it."
 
 

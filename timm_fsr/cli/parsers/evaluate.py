@@ -30,10 +30,11 @@ def evaluate_parser() -> CommandParser:
     attacks = textwrap.fill(", ".join(attack_names()), 76, break_on_hyphens=False)
     parser = CommandParser(
         "evaluate",
+        usage="timm-fsr evaluate MODEL [FLAGS]",
         description=_DESCRIPTION.format(attacks=textwrap.indent(attacks, "  ")),
         examples=(
             "evaluate runs/fashion_mnist_fsr/best",
-            "evaluate runs/my_run/best --attacks standard adaptive --output results",
+            "evaluate runs/my_run/best --attacks standard adaptive --output out",
             "evaluate hf-hub:user/name --data FOLDER --eps 8/255 --limit 1000",
         ),
     )

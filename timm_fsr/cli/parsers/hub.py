@@ -89,7 +89,7 @@ def convert_parser() -> CommandParser:
         examples=(
             "convert model.pth --arch resnet18_cifar_fsr --output converted",
             "convert plain.pt --arch wrn28_10_cifar --output converted",
-            "convert x.pt --arch resnet18_cifar --mean 0,0,0 --std 1,1,1 --output x",
+            "convert x.pt --arch resnet18_cifar --mean 0,0,0 --output converted",
         ),
     )
     parser.add_argument("file", help=".pth, .pt or .safetensors")
