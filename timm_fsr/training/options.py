@@ -436,6 +436,8 @@ class OptimOptions:
         milestones: epochs at which "step" lowers the rate.
         gamma: factor of the rate at each milestone of "step".
         warmup: share of the run in which the rate rises linearly from 0.
+        freeze: epochs at the beginning in which the feature layers and the classifier train alone, over a backbone that
+            stays as it is, BatchNorm's statistics included; for a model that begins with trained weights.
         clip_grad: largest norm of the whole gradient; longer ones are scaled down. Null is none.
         ema_decay: of an exponential moving average of the weights, which is then validated and saved; 0 is none.
         ema_warmup: begin with a smaller decay, 1 - step^(-2/3), and rise to `ema_decay` (timm's rule).
@@ -459,6 +461,7 @@ class OptimOptions:
     milestones: list[Number] = field(default_factory=lambda: [75, 90])
     gamma: Number = 0.1
     warmup: Number = 0.0
+    freeze: int = 0
     clip_grad: Number | None = None
     ema_decay: Number = 0.0
     ema_warmup: bool = False
@@ -475,6 +478,7 @@ class OptimOptions:
             raise ValueError(unknown("optim.optimizer", self.optimizer, optimizers))
         self._check_counts()
         self._check_numbers()
+        self._check_freeze()
         if self.ema_warmup and not self.ema_decay:
             raise ValueError("optim.ema_warmup has no meaning without an average; set optim.ema_decay, such as 0.999")
 
@@ -491,6 +495,18 @@ class OptimOptions:
             raise ValueError(
                 f"optim.batch_size={self.batch_size} does not divide into optim.accumulate={self.accumulate} equal "
                 "parts"
+            )
+
+    def _check_freeze(self) -> None:
+        if not 0 <= self.freeze <= self.epochs:
+            raise ValueError(
+                f"optim.freeze={self.freeze} must lie between 0 and optim.epochs={self.epochs}, as it counts epochs of "
+                "the run"
+            )
+        if self.awp_gamma and self.awp_start < self.freeze:
+            raise ValueError(
+                f"optim.awp_start={self.awp_start} would perturb weights that optim.freeze={self.freeze} keeps as they "
+                f"are; set optim.awp_start={self.freeze}"
             )
 
     def _check_numbers(self) -> None:

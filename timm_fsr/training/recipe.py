@@ -158,6 +158,12 @@ class Recipe:
                 f"objective.name={self.objective.name} needs the feature layer {objective.layer!r}, but model.layer is "
                 f"{self.model.layer}; set model.layer={objective.layer}, or take another objective"
             )
+        if self.optim.freeze and not self.model.is_trained:
+            raise ValueError(
+                f"optim.freeze={self.optim.freeze} keeps a trained backbone as it is, but {self.model.name} begins "
+                "with random weights; give the folder or Hub name of a trained model as model.name, set "
+                "model.pretrained, or leave out optim.freeze"
+            )
         if objective.fine_tunes and not self.model.is_trained:
             raise ValueError(
                 f"objective.name={self.objective.name} fine-tunes a trained model, but {self.model.name} begins with "
