@@ -160,6 +160,7 @@ class TestEvaluate:
             (["SAVED", "--norm=l1"], "'fgsm' has no L1 ball; use AutoAttack ('standard')"),
             (["SAVED", "--attacks", "transfer"], "needs other models to transfer from"),
             (["SAVED", "--evidence=10"], "--evidence needs a folder to write to; add --output"),
+            (["SAVED", "--device=gpu"], "--device=gpu is no device of this machine; use cpu"),
             (["SAVED", "--batch-size=0"], "--batch-size=0 must be 1 or more"),
             (["SAVED", "--save-images"], "--save-images needs a folder"),
             (["SAVED", "--output=report.json"], "--output takes a folder"),
@@ -300,7 +301,6 @@ class TestEntryPoints:
             ["tarin"],
             ["evaluate"],
             ["evaluate", "x", "--eps=much"],
-            ["evaluate", "x", "--device=gpu"],
             ["demo", "--epoch=x"],
         ],
         ids=" ".join,
@@ -353,9 +353,9 @@ def test_a_layer_that_is_not_reached_is_no_traceback(saved, monkeypatch, capsys)
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
-    def interrupted(_: list[str]) -> None:
+    def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(timm_fsr.cli.main._COMMANDS, "models", (interrupted, ""))
+    monkeypatch.setattr("timm_fsr.cli.hub.models_command", interrupted)
     assert main(["models"]) == 130
     assert "timm-fsr models: interrupted; what was written so far is whole" in capsys.readouterr().err
