@@ -79,7 +79,9 @@ class TestTrain:
         runpy.run_path(str(TRAIN_SCRIPT), run_name="not_main")
 
     def test_help_explains_every_key(self, capsys):
-        assert main(["train", "--help"]) == 0
+        with pytest.raises(SystemExit) as caught:
+            main(["train", "--help-all"])
+        assert caught.value.code == 0
         text = capsys.readouterr().out
         for key in ("--config", "--optim.epochs", "--attack.eps", "--model.layer_args", "--data.held_out"):
             assert key in text
