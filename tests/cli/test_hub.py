@@ -38,10 +38,12 @@ class TestModels:
         entry = timm_fsr.models.pretrained.read_pretrained(saved)
         monkeypatch.setattr(hub_commands, "list_pretrained", lambda: [entry])
         assert main(["models"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0].split() == ["name", "data", "threat", "clean", "robust", "attacks", "images", "size", "source"]
-        row = "resnet_tiny_cifar_fsr.toy fashion_mnist[test] Linf 0.1 50.0 % 50.0 % autoattack 2 1.5 MB package"
-        assert lines[1].split() == row.split()
+        assert capsys.readouterr().out.splitlines() == [
+            "resnet_tiny_cifar_fsr.toy",
+            "    clean 50.0 %, robust 50.0 % (Linf 0.1, autoattack, 2 images)",
+            "    data: fashion_mnist[test]",
+            "    1.5 MB, from package",
+        ]
         assert main(["models", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["robust"] == 0.5
 

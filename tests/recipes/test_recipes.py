@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRSchedu
 
 from timm_fsr.attacks.pgd import NFGSM, PGD
 from timm_fsr.hooks.site import layer_groups
+from timm_fsr.training.catalog import list_recipes
 from timm_fsr.training.objectives import OBJECTIVES
 from timm_fsr.training.parsing import parse_number
 from timm_fsr.training.recipe import Recipe, parse_arguments
@@ -59,7 +61,12 @@ OPTIMIZERS = {"momentum": torch.optim.SGD, "sgd": torch.optim.SGD, "adamw": torc
 SCHEDULES = {"step": MultiStepLRScheduler, "cosine": CosineLRScheduler, "one_cycle": PolyLRScheduler}
 ATTACKS = {"pgd": PGD, "n_fgsm": NFGSM}
 
-every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+# Begins with a robust network of the user's own; tests/recipes/test_finetuning.py makes one and runs it.
+NEEDS_MODEL = "finetune_robust"
+
+every_recipe = pytest.mark.parametrize(
+    "path", [path for path in RECIPES if path.stem != NEEDS_MODEL], ids=lambda path: path.stem
+)
 
 
 def configs(path: Path) -> list[str]:
@@ -129,6 +136,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     images, labels = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), np.arange(6)
     np.savez(root / "1m.npz", image=images, label=labels)
     found["data/1m.npz"] = str(root / "1m.npz")
+    found["data/images"] = str(root / "own")
+    for split in ("train", "test"):
+        for index in range(12):
+            file = root / "own" / split / f"class {index % 3}" / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encoded(rng, 70 + index))
     return found
 
 
@@ -161,7 +174,7 @@ def small(path: Path, output: Path, sources: dict[str, str]) -> Recipe:
         flags.append(f"--data.extra_source={sources[said['data']['extra_source']]}")
     if said["attack"].get("name", "pgd") == "pgd":
         flags.append("--attack.steps=1")
-    if said["data"]["source"] == "ILSVRC/imagenet-1k":
+    if said["data"]["source"] in ("ILSVRC/imagenet-1k", "data/images"):
         flags += SMALL_IMAGENET
     if said["model"]["name"] in SIZED:
         flags.append("--model.args.img_size=64")
@@ -198,8 +211,8 @@ class TestEveryRecipe:
 
     def test_its_first_lines_say_what_it_is(self, path):
         lines = path.read_text().splitlines()
-        comment = next(number for number, line in enumerate(lines) if not line.startswith("# "))
-        assert 1 <= comment <= 3
+        comment = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
+        assert 1 <= len([line for line in comment if not re.match(r"# (purpose|cost|measured): ", line)]) <= 3
         assert max(map(len, lines)) <= 120
 
 
@@ -278,16 +291,17 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 class TestCost:
     def test_the_table_has_what_the_script_counts(self, cost):
         rows = re.findall(r"^\| `([\w.]+)` \|.* (\S+) FLOP \|", TestDocumentation.TEXT, re.MULTILINE)
-        assert {name for name, _ in rows} == {path.name for path in RECIPES} - {"cifar100.yaml"}
+        assert {name for name, _ in rows} == {path.name for path in RECIPES} - {"cifar100.yaml", f"{NEEDS_MODEL}.yaml"}
         for name, flops in rows:
             counted = cost.training_flops(Recipe.load(FOLDER / name, ["--model.pretrained=false"]))
             assert float(flops) == float(f"{counted:.1e}"), name
 
     def test_what_only_changes_another_recipe_is_not_counted(self, cost, capsys):
-        assert cost.main([str(FOLDER / "cifar100.yaml"), str(FOLDER / "cifar10_fast.yaml")]) == 0
-        first, second = capsys.readouterr().out.splitlines()
-        assert "FLOP" not in first
-        assert "FLOP" in second
+        assert cost.main([str(FOLDER / f"{name}.yaml") for name in ("cifar100", NEEDS_MODEL, "cifar10_fast")]) == 0
+        *others, counted = capsys.readouterr().out.splitlines()
+        assert len(others) == 2
+        assert not any("FLOP" in line for line in others)
+        assert "FLOP" in counted
 
     @pytest.mark.parametrize(
         ("flags", "passes"),
@@ -310,6 +324,12 @@ class TestDocumentation:
     def test_the_tables_list_the_files_there_are(self):
         rows = re.findall(r"^\| `([\w.]+\.yaml)` \|", self.TEXT, re.MULTILINE)
         assert sorted(rows) == sorted(path.name for path in [*RECIPES, *FOLDER.glob("accelerate/*.yaml")])
+
+    def test_they_say_what_the_recipes_say_of_themselves(self):
+        """The comment on top of each file is the source; links alone are the table's own."""
+        rows = re.findall(r"^\| `(\w+)\.yaml` \| (.*?) \| `.*?` \| (.*?) \| (.*?) \|$", self.TEXT, re.MULTILINE)
+        plain = {name: [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", cell) for cell in cells] for name, *cells in rows}
+        assert plain == {entry.name: [entry.purpose, entry.cost, entry.measured] for entry in list_recipes()}
 
     def test_every_file_it_names_exists(self):
         named = set(re.findall(r"recipes/([\w/.]+\.(?:yaml|sbatch|py))", self.TEXT))

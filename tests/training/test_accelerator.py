@@ -34,7 +34,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("data was read")
 
-    monkeypatch.setattr("timm_fsr.training.options.load_data", load)
+    monkeypatch.setattr("timm_fsr.data.dataset.load_data", load)
 
 
 def precision(accelerator: Accelerator) -> torch.dtype:

@@ -79,7 +79,7 @@ class TestCheck:
             check_trackers(["wandb", "trackio"])
 
     def test_training_does_not_begin(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("timm_fsr.training.options.load_data", lambda *_, **__: pytest.fail("data was read"))
+        monkeypatch.setattr("timm_fsr.data.dataset.load_data", lambda *_, **__: pytest.fail("data was read"))
         monkeypatch.setattr(timm_fsr.training.metrics, "get_available_trackers", list)
         with pytest.raises(ValueError, match="is not installed here"):
             train(tiny(tmp_path / "new", "--trackers=[wandb]"))

@@ -39,7 +39,7 @@ class TestCheck:
 
     @pytest.fixture(autouse=True)
     def _no_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("timm_fsr.training.options.load_data", lambda *_, **__: pytest.fail("data was read"))
+        monkeypatch.setattr("timm_fsr.data.dataset.load_data", lambda *_, **__: pytest.fail("data was read"))
 
     @pytest.mark.parametrize(
         ("flags", "message"),

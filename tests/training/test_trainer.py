@@ -228,7 +228,7 @@ class TestPrecision:
 
 @pytest.fixture
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_fsr.training.options.load_data", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr("timm_fsr.data.dataset.load_data", lambda *_, **__: pytest.fail("data was read"))
 
 
 class TestRefusals:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -16,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from timm_fsr.attacks.base import Attack
-from timm_fsr.cli.help import HelpFormatter
 from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.examples import attack_picture
 from timm_fsr.models.pixel import as_pixel_model
@@ -153,16 +151,6 @@ def _draw(folder: Path, test: Images, attack: Attack, seed: int) -> Image.Image:
     return attack_picture(model, images[chosen], labels[chosen], test.classes, attack, seed=seed)
 
 
-def demo_command(arguments: Sequence[str]) -> None:
+def demo_command(options: argparse.Namespace) -> None:
     """`timm-fsr demo`: train with and without FSR on embedded images, and compare."""
-    parser = argparse.ArgumentParser(
-        formatter_class=HelpFormatter,
-        prog="timm-fsr demo",
-        description="Train a small network adversarially with and without FSR on embedded Fashion-MNIST, and compare.",
-    )
-    parser.add_argument("--output", default="timm_fsr_demo", help="folder of the results")
-    parser.add_argument("--epochs", type=int, help="of each training (default: 12)")
-    parser.add_argument("--limit", type=int, help="largest number of training and of test images (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    options = parser.parse_args(arguments)
     run_demo(options.output, epochs=options.epochs, limit=options.limit, seed=options.seed)

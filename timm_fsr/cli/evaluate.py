@@ -3,51 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
 from torch import nn
 
-from timm_fsr.cli.extensions import IMPORT_HELP
-from timm_fsr.cli.help import HelpFormatter
-from timm_fsr.cli.threat import EPS, NORM, check_data, fill_data, fill_threat
+from timm_fsr.cli.parsers.evaluate import EPS, NORM, evaluate_parser
+from timm_fsr.cli.threat import check_data, fill_data, fill_threat
 from timm_fsr.data.dataset import ImageData, load_data
-from timm_fsr.data.sources import CLASS_ORDERS, EMBEDDED, is_image_folder, other_class_order
+from timm_fsr.data.sources import is_image_folder, other_class_order
 from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_extras
 from timm_fsr.evaluation.classes import judged_data, read_classes
 from timm_fsr.evaluation.evaluator import Standing, evaluate
-from timm_fsr.evaluation.inference import BATCH_SIZE
-from timm_fsr.evaluation.registry import check_names, list_attacks
+from timm_fsr.evaluation.registry import check_names
 from timm_fsr.evaluation.saved_images import rescore
 from timm_fsr.models.description import check_runs, class_names, input_size, size_text
 from timm_fsr.models.pixel import as_pixel_model
 from timm_fsr.models.saving import load, saved_here, training_recipe, training_report
-from timm_fsr.reports.report import WORST_CASE, Report, format_eps
-from timm_fsr.training.parsing import parse_number
+from timm_fsr.reports.report import WORST_CASE, Report
 from timm_fsr.utils.distributed import join_processes
 from timm_fsr.utils.errors import ImageSizeError
 from timm_fsr.utils.files import staged
 from timm_fsr.utils.progress import bar
 
-_EVALUATE = """Clean and robust accuracy of a model, and the evidence for it.
 
-Norm, eps, data and split that are not given are those of the report that the model brings: the report.json in its
-folder, its tag or its repository. The figure that counts is the per-image worst case of all attacks that are given.
-With --output the outcomes are kept: the same command, given again after a kill or with more attacks, goes on where it
-was. `accelerate launch -m timm_fsr evaluate` shares the images over processes.
-
-Attacks (numbers are steps, "x5" restarts; "standard" is AutoAttack, "official" what the FSR repository tests):
-{attacks}"""
-
-
-def evaluate_command(arguments: Sequence[str]) -> None:
+def evaluate_command(options: argparse.Namespace) -> None:
     """`timm-fsr evaluate MODEL`: attack a model, print the outcome, and write it to a folder if one is given."""
-    options = _evaluate_parser().parse_args(arguments)
+    if options.device is not None:
+        options.device = _device(options.device)
     console = Console(highlight=False, soft_wrap=True)
     if options.attacked:
         _check_attacked(options)
@@ -109,125 +96,9 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     _print_report(report, options, console, noted)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says where the model went if a flag that takes several names took it too."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the usage and the message, and exit with status 2."""
-        if message == "the following arguments are required: model":
-            message = (
-                "no MODEL is given; write it first, as in `timm-fsr evaluate MODEL --attacks fgsm`: --attacks, "
-                "--transfer-from and --model-args take all names that follow them"
-            )
-        super().error(message)
-
-
-def _evaluate_parser() -> argparse.ArgumentParser:
-    attacks = textwrap.fill(", ".join(list_attacks()), 110, initial_indent="  ", subsequent_indent="  ")
-    parser = _Parser(
-        prog="timm-fsr evaluate",
-        description=_EVALUATE.format(attacks=attacks),
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument(
-        "model", help="a folder such as train's OUTPUT/best, or the timm name of a model with weights (hf-hub:)"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        help="file of weights (.safetensors or .pth) for a model given by its timm name (default: the model's own)",
-    )
-    parser.add_argument(
-        "--num-classes",
-        type=int,
-        help="classes of a model whose weights come from --checkpoint (default: the architecture's)",
-    )
-    parser.add_argument(
-        "--model-args",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="how a model whose weights come from --checkpoint is built, such as fsr_hidden=16 (default: as its "
-        "architecture is)",
-    )
-    data = parser.add_argument_group("data")
-    kinds = "a folder (images, Parquet, IDX), a file (Parquet, npz) or a Hub id"
-    data.add_argument(
-        "--data", help=f"{EMBEDDED} (embedded), {kinds} (default: that of the model's report, else {EMBEDDED})"
-    )
-    data.add_argument("--split", help="of the data (default: that of the model's report, else test)")
-    data.add_argument(
-        "--config", help="configuration of a Hub data set (default: the one of the model's recipe, or its only one)"
-    )
-    data.add_argument("--image-column", help="column of the images (default: found by its usual names)")
-    data.add_argument("--label-column", help="column of the labels (default: found by its usual names)")
-    data.add_argument(
-        "--size", type=int, help="scale and centre-crop the images to this side (default: that of the model's training)"
-    )
-    data.add_argument("--channels", type=int, choices=[1, 3], help="default: those that the model takes")
-    data.add_argument(
-        "--classes", metavar="FILE", help="class names, one a line, where neither model nor data know them"
-    )
-    data.add_argument(
-        "--class-order",
-        choices=CLASS_ORDERS,
-        help="order of class folders for a model that does not know the names of its classes (default: timm for "
-        "--checkpoint and timm's models, codepoint for models saved by timm_fsr)",
-    )
-    data.add_argument(
-        "--limit",
-        type=int,
-        help="evaluate this many images, balanced (default: as many as the model's report, else all)",
-    )
-    attack = parser.add_argument_group("attacks")
-    attack.add_argument(
-        "--norm", choices=["linf", "l2", "l1"], help=f"of the ball (default: that of the model's report, else {NORM})"
-    )
-    attack.add_argument(
-        "--eps",
-        type=_number,
-        help=f"radius in pixels of [0, 1], such as 8/255 (default: that of the model's report, else {format_eps(EPS)})",
-    )
-    attack.add_argument("--attacks", nargs="*", default=["fgsm", "pgd20"], help="see above")
-    attack.add_argument(
-        "--transfer-from", nargs="+", default=[], metavar="MODEL", help="models to transfer attacks from"
-    )
-    attack.add_argument(
-        "--attacked",
-        metavar="FOLDER",
-        help="only try the images that another evaluation has saved (default: run the attacks)",
-    )
-    attack.add_argument("--seed", type=int, default=0, help="of everything random in the attacks")
-    attack.add_argument(
-        "--batch-size", type=int, default=BATCH_SIZE, help=f"images per pass, to fit the memory (default {BATCH_SIZE})"
-    )
-    results = parser.add_argument_group("results")
-    results.add_argument(
-        "--output", help=f"folder for {REPORT}, {PAGE} and the outcomes to resume from (default: nothing is written)"
-    )
-    results.add_argument("--overwrite", action="store_true", help="replace what the folder holds of another evaluation")
-    results.add_argument("--save-images", action="store_true", help="keep the attacked images, for --attacked")
-    results.add_argument(
-        "--evidence",
-        type=int,
-        default=0,
-        metavar="IMAGES",
-        help="images for the gradient masking checks",
-    )
-    results.add_argument(
-        "--corruptions",
-        type=int,
-        default=0,
-        metavar="IMAGES",
-        help="images for common corruptions (15 kinds, 5 severities)",
-    )
-    parser.add_argument("--import", metavar="FILE_OR_MODULE", help=IMPORT_HELP)
-    parser.add_argument("--device", type=_device, help=f"cpu, cuda, ... (default {_default_device()})")
-    return parser
-
-
 def _check_attacked(options: argparse.Namespace) -> None:
     """Refuse what --attacked, which attacks nothing and writes nothing, has no use for."""
-    parser = _evaluate_parser()
+    parser = evaluate_parser()
     used = ("model", "checkpoint", "num_classes", "model_args", "attacked", "device", "classes")
     for name, value in vars(options).items():
         if name not in used and value != parser.get_default(name):
@@ -408,11 +279,4 @@ def _device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; use cpu") from error
-
-
-def _number(text: str) -> float:
-    try:
-        return parse_number(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise ValueError(f"--device={text} is no device of this machine; use cpu") from error

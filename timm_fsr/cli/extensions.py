@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from timm_fsr.utils.registry import import_extension, split_imports
 
-IMPORT_HELP = "a Python file or module that registers layers, objectives, attacks or suites; may be given several times"
-
 
 def import_given(arguments: Sequence[str]) -> list[str]:
     """Import what `--import` names.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from timm_fsr.utils.errors import UnsoundError, is_out_of_memory
 from timm_fsr.version import __version__
 
 DEBUG = "--debug"
@@ -121,12 +122,9 @@ def _terminable() -> Iterator[None]:
 
 def explanation(command: str, error: Exception) -> tuple[int, str]:
     """The exit status for an error, and a sentence that says what failed and what to do."""
-    # Here, as they load torch: a command that does not fail, such as one for help, need not wait for it.
-    from timm_fsr.training.step import InterruptedRunError
-    from timm_fsr.utils.errors import UnsoundError, is_out_of_memory
-
-    if isinstance(error, InterruptedRunError):
-        return 128 + error.number, str(error)
+    number = getattr(error, "number", None)  # an InterruptedRunError, whose file would have to load torch
+    if isinstance(error, RuntimeError) and number is not None:
+        return 128 + int(number), str(error)
     if is_out_of_memory(error):
         remedy = _LESS_MEMORY.get(command, "close other programs, or use a machine with more")
         return 2, f"error: the memory is full ({_short(error, 200)}); {remedy}"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
-from timm_fsr.cli.demo import demo_command
-from timm_fsr.cli.evaluate import evaluate_command
+from timm_fsr.cli.commands import COMMANDS, make_parser, start
 from timm_fsr.cli.extensions import import_given
 from timm_fsr.cli.failures import DEBUG_HELP, reported, without_debug
-from timm_fsr.cli.hub import card_command, convert_command, models_command, push_command
-from timm_fsr.cli.runs import report_command
-from timm_fsr.cli.train import train_command
+from timm_fsr.utils.errors import unknown
 from timm_fsr.version import __version__
-
-Command = Callable[[Sequence[str]], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,32 +20,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status, as `timm_fsr.cli.failures.reported` describes it.
     """
     given, debug = without_debug(sys.argv[1:] if arguments is None else arguments)
-    listing = "\n".join(f"  {name:10}{about}" for name, (_, about) in _COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="timm-fsr",
-        usage="timm-fsr COMMAND ...",
-        description=f"{listing}\n\n`timm-fsr COMMAND --help` tells more. `--import FILE_OR_MODULE`, with any command,\n"
-        f"imports code of your own that registers layers, objectives, attacks or suites. {DEBUG_HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"timm_fsr {__version__}")
-    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help="one of the above")
-    command = parser.parse_args(given[:1]).command
-    return reported(command, lambda: _run(command, given[1:]), given[1:], debug=debug)
+    name = _command_name(given)
+    return reported(name, lambda: _run(name, given[1:]), given[1:], debug=debug)
 
 
-def _run(command: str, arguments: Sequence[str]) -> None:
+def _run(name: str, arguments: Sequence[str]) -> None:
+    """Read the flags, which refuses wrong ones before anything heavy is imported, and start the command."""
     others = import_given(arguments)
-    _COMMANDS[command][0](arguments if command == "train" else others)  # a recipe remembers what it needs
+    start(name, make_parser(name).read(arguments if name == "train" else others))  # a recipe remembers its imports
 
 
-_COMMANDS: dict[str, tuple[Command, str]] = {
-    "train": (train_command, "train a model adversarially by a recipe"),
-    "evaluate": (evaluate_command, "attack a model: robust accuracy, and the evidence for it"),
-    "report": (report_command, "one page from the reports of one model, or of several side by side"),
-    "models": (models_command, "list the robust checkpoints that timm knows by name"),
-    "card": (card_command, "write the model card of a saved model"),
-    "push": (push_command, "publish a saved model on the Hub in one commit"),
-    "convert": (convert_command, "bring weights of other code into timm's format"),
-    "demo": (demo_command, "train with and without FSR on embedded images, and compare"),
-}
+def _command_name(given: Sequence[str]) -> str:
+    """The command that was named; exits after --help, --version and what is no command."""
+    first = given[0] if given else ""
+    if first in COMMANDS:
+        return first
+    if first in ("-h", "--help"):
+        sys.stdout.write("\n".join(_help()) + "\n")
+        raise SystemExit(0)
+    if first == "--version":
+        sys.stdout.write(f"timm_fsr {__version__}\n")
+        raise SystemExit(0)
+    problem = "flag" if first.startswith("-") else "command"
+    known = ["--help", "--version"] if problem == "flag" else list(COMMANDS)
+    message = unknown(problem, first, known) if first else "no command was given"
+    _say(f"usage: timm-fsr COMMAND ...; `timm-fsr --help` lists the commands\ntimm-fsr: error: {message}")
+    raise SystemExit(2)
+
+
+def _help() -> Iterator[str]:
+    """The lines of `timm-fsr --help`."""
+    yield "usage: timm-fsr COMMAND ..."
+    yield "\nFeature layers on timm models: adversarial training and robust evaluation."
+    for group, entries in groupby(COMMANDS.items(), key=lambda entry: entry[1].group):
+        yield f"\n{group}:"
+        for name, command in entries:
+            yield f"  {name:12}{command.about}"
+    yield "\n`timm-fsr COMMAND --help` says more. With any command, `--import FILE_OR_MODULE`"
+    yield "imports code of your own that registers layers, objectives, attacks or suites."
+    yield DEBUG_HELP
+    yield "\nexamples:"
+    yield "  timm-fsr demo"
+    yield "  timm-fsr train --config fashion_mnist_quickstart --optim.epochs 5"
+    yield "  timm-fsr evaluate runs/fashion_mnist_fsr/best --attacks standard adaptive"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

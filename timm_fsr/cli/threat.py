@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm_fsr.cli.parsers.evaluate import EPS, NORM, SPLIT
 from timm_fsr.data.dataset import ImageData, load_data
 from timm_fsr.data.sources import EMBEDDED, open_rows
 from timm_fsr.reports.report import Report, format_eps
-
-NORM, EPS, SPLIT = "linf", 8 / 255, "test"
-"""For a model that says nothing of its threat model and its data."""
 
 _NAMED = re.compile(r"(.+)\[([^\[\]]+)\](?: limited to (\d+))?")  # as `load_data` calls what it has loaded
 _READING = ("config", "image_column", "label_column")  # keys of a recipe's data that are flags here too

@@ -19,18 +19,19 @@ import numpy as np
 from PIL import Image
 
 from timm_fsr.data.decoding import ArrayPictures, Rows, TablePictures, one_line
+from timm_fsr.utils import defaults
 from timm_fsr.utils.errors import unknown
 
 if TYPE_CHECKING:
     import datasets
 
-EMBEDDED = "fashion_mnist"
+EMBEDDED = defaults.EMBEDDED
 """Name of the data set inside this package: 10,000 train and 2,000 test images of Fashion-MNIST."""
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 FOLDER_SPLITS = ("train", "validation", "valid", "val", "test")
-CLASS_ORDERS = ("codepoint", "timm")
+CLASS_ORDERS = defaults.CLASS_ORDERS
 IDX_IMAGES = "-images-idx3-ubyte.gz"
 IDX_NAMES = {"test": "t10k"}
 

@@ -27,9 +27,10 @@ from timm_fsr.models.pixel import device_of
 from timm_fsr.reports.page import Entry, render_page
 from timm_fsr.reports.report import Report
 from timm_fsr.reports.statistics import calibration
+from timm_fsr.utils import defaults
 from timm_fsr.utils.files import write_text
 
-REPORT, EXAMPLES, PAGE, CACHE = "report.json", "examples.json", "report.html", "memo.json"
+REPORT, EXAMPLES, PAGE, CACHE = defaults.REPORT, "examples.json", defaults.PAGE, "memo.json"
 _EXAMPLE_IMAGES = 200  # among which the examples are chosen
 _TRAINING = (
     "training_data",

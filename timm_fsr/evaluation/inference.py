@@ -14,9 +14,10 @@ from timm_fsr.attacks.base import attack_mode
 from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.model_checks import check_finite
 from timm_fsr.models.pixel import as_pixel_model, base_model, device_of
+from timm_fsr.utils import defaults
 
 Batches = Images | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-BATCH_SIZE = 250
+BATCH_SIZE = defaults.BATCH_SIZE
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks.base import ATTACKS, NORMS, Attack, attack_fields, check_eps, judged_loss
 from timm_fsr.attacks.losses import cross_entropy
 from timm_fsr.evaluation.model_checks import ModelCheck
+from timm_fsr.evaluation.names import ALIASES, spelled
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.registry import RegistrationError, Registry
 
@@ -113,12 +114,6 @@ SUITES: Registry[SuiteEntry] = Registry(
     "attack", package="timm_fsr.evaluation.suites", group="timm_fsr.suites", dashes=True
 )
 """Suites: attacks of several stages, on another loss, or that need to know the model."""
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "standard": ("autoattack",),
-    "official": ("official-fgsm", "official-pgd20", "official-pgd100", "official-cw30"),
-}
-"""Short names for one or more suites."""
 
 OFFICIAL = ALIASES["official"]
 ENSEMBLE = "official-ensemble"
@@ -237,14 +232,9 @@ def build_attack(name: str, norm: str, eps: float) -> Attack:
 
 def list_attacks() -> list[str]:
     """Names that evaluations take, those of installed plug-ins among them; numbers in them are examples."""
-    numbered = {"pgd": ("pgd20", "pgd100x5"), "apgd": ("apgd100",), "cw": ("cw30",)}
-    names: list[str] = []
-    for name in ATTACKS.names():
-        if not getattr(ATTACKS[name], "only_trains", False):
-            names += numbered.get(name, (f"{name}20",)) if "steps" in attack_fields(ATTACKS[name]) else (name,)
-    for name in SUITES.names():
-        names += numbered.get(name, (f"{name}20",)) if SUITES[name].numbered else (name,)
-    return [*names, *ALIASES]
+    judging = [name for name in ATTACKS.names() if not getattr(ATTACKS[name], "only_trains", False)]
+    attacks = {name: "steps" in attack_fields(ATTACKS[name]) for name in judging}
+    return spelled(attacks, {name: SUITES[name].numbered for name in SUITES.names()})
 
 
 def _refuse_norm(name: str, norm: str) -> NoReturn:
@@ -287,5 +277,6 @@ def _split(name: str) -> tuple[str, int | None, int | None]:
     return found[1], int(found[2]), int(found[3]) if found[3] else None
 
 
+ATTACKS.own_names()  # all of them first: the observer looks names up, and must meet no module that is half imported
 ATTACKS.observe(_refuse_clash, past=True)
 SUITES.observe(_refuse_clash)

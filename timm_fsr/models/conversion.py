@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from timm_fsr.utils import defaults
 from timm_fsr.utils.errors import unknown
 
 Shape = tuple[int, ...]
@@ -368,8 +369,7 @@ def convert_checkpoint(
             "fresh one over them (--model.name=FOLDER --model.layer=fsr)"
         )
     else:
-        known = [*PLAIN, "resnet18_cifar_fsr", "vgg16_bn_cifar_fsr", "wrn34_10_cifar_fsr"]
-        raise ValueError(unknown("architecture to convert to", architecture, known))
+        raise ValueError(unknown("architecture to convert to", architecture, list(defaults.CONVERTIBLE)))
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(

@@ -12,11 +12,12 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS, damaged, read_config
+from timm_fsr.utils import defaults
 
 HUB_VARIABLE = "TIMM_FSR_HUB"
 DEFAULT_HUB = "timm-fsr"
 
-CARD, REPORT, RECIPE = "README.md", "report.json", "recipe.yaml"
+CARD, REPORT, RECIPE = defaults.CARD, defaults.REPORT, defaults.RECIPE
 _EMBEDDED = Path(__file__).parent / "embedded"
 
 

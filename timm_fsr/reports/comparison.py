@@ -48,7 +48,7 @@ FREE = (
     "optim.nonfinite",
 )
 # Keys that older recipes lack, with what they meant without them.
-IMPLICIT: dict[str, Any] = {"attack.args": {}}
+IMPLICIT: dict[str, Any] = {"attack.args": {}, "optim.freeze": 0}
 _LAYER = ("model.layer", "model.layer_args", "model.at")
 
 

@@ -83,6 +83,7 @@ def _check_sharding(recipe: Recipe, plugin: FullyShardedDataParallelPlugin) -> N
         "optim.ema_decay": recipe.optim.ema_decay,
         "optim.awp_gamma": recipe.optim.awp_gamma,
         "optim.layer_decay": recipe.optim.layer_decay,
+        "optim.freeze": recipe.optim.freeze,
         "compile": recipe.compile,
         "channels_last": recipe.channels_last,
     }

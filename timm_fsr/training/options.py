@@ -11,29 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import timm
-import torch
-from timm.models import PretrainedCfg, get_pretrained_cfg
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
-from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from typing_extensions import TYPE_CHECKING  # noqa: UP035  (what stands under typing's own jsonargparse would run)
 
-from timm_fsr.attacks.base import ATTACKS, Attack, attack_fields
-from timm_fsr.data.augment import Augmentation, ResizedCrop
-from timm_fsr.data.dataset import ImageData, Images, load_data
-from timm_fsr.data.streaming import stream_data
-from timm_fsr.hooks.attach import attach
-from timm_fsr.hooks.site import layer_groups
-from timm_fsr.layers import layer_class
-from timm_fsr.layers.base import check_layer_args
-from timm_fsr.models.memory import weight_bytes
-from timm_fsr.models.saving import is_trained, load, resolve
-from timm_fsr.training.objectives import OBJECTIVES
-from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.parsing import Number
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.memory import check_memory
+
+# The command line shows these keys in its help and refuses wrong ones, which has to take no time: torch, timm and what
+# imports them are imported where something is built.
+if TYPE_CHECKING:
+    import torch
+    from timm.scheduler.scheduler import Scheduler
+    from torch import nn
+
+    from timm_fsr.attacks.base import Attack
+    from timm_fsr.data.augment import Augmentation, ResizedCrop
+    from timm_fsr.data.dataset import ImageData, Images
+    from timm_fsr.training.objectives.base import Objective
 
 Built = TypeVar("Built")
 
@@ -63,6 +57,8 @@ class ModelOptions:
     @property
     def is_trained(self) -> bool:
         """Whether it begins with trained weights."""
+        from timm_fsr.models.saving import is_trained, resolve
+
         return self.pretrained or is_trained(resolve(self.name))
 
     def check(self) -> None:
@@ -71,6 +67,13 @@ class ModelOptions:
         Raises:
             FileNotFoundError: no such folder, or no model in it.
         """
+        import torch
+
+        from timm_fsr.layers import layer_class
+        from timm_fsr.layers.base import check_layer_args
+        from timm_fsr.models.memory import weight_bytes
+        from timm_fsr.models.saving import is_trained, resolve
+
         if self.layer == "none":
             raise ValueError("model.layer=none is no layer; write null for the model as it is")
         self._check_args()
@@ -88,6 +91,11 @@ class ModelOptions:
         Raises:
             ValueError: see `check`.
         """
+        import timm
+
+        from timm_fsr.hooks.attach import attach
+        from timm_fsr.models.saving import is_trained, load, resolve
+
         name = resolve(self.name)
         trained = is_trained(name)
         arguments: dict[str, Any] = {"num_classes": num_classes, **self.args}
@@ -128,6 +136,8 @@ class ModelOptions:
 
     def _has_layer(self, model: nn.Module, layer: str) -> bool:
         """Whether the model came with the layer; ValueError if with other arguments than those asked for."""
+        from timm_fsr.hooks.site import layer_groups
+
         present = [s.layer.resolved_args() for g in layer_groups(model) for s in g.sites if s.layer.name == layer]
         other = present and any(present[0][key] != value for key, value in self._args_of(layer).items())
         if other or (present and self.at is not None):
@@ -181,6 +191,8 @@ def _check_default(section: str, options: Any, key: str, reason: str) -> None:
 
 def _image_config(name: str, image_size: tuple[int, int, int]) -> dict[str, Any]:
     """The part of a timm `pretrained_cfg` that depends on the images; grey ones get the average mean and std."""
+    from timm.models import PretrainedCfg, get_pretrained_cfg
+
     config = get_pretrained_cfg(name) or PretrainedCfg()
     statistics = {"mean": config.mean, "std": config.std}
     if len(config.mean) != image_size[0]:
@@ -193,24 +205,26 @@ class DataOptions:
     """Where images come from and how they are augmented.
 
     Attributes:
-        source: see `timm_fsr.data.dataset.load_data`, as are the next seven.
+        source: of the images: fashion_mnist (embedded), a folder, a file or a Hub id. See
+            `timm_fsr.data.dataset.load_data`, also on the next seven.
         config: configuration of a Hub data set.
         train_split: name of the training split.
         test_split: name of the test split.
-        image_column: null finds it.
-        label_column: null finds it.
+        image_column: column of the images; null finds it.
+        label_column: column of the labels; null finds it.
         size: side that images are scaled and cropped to; null takes that of the saved model that is fine-tuned, else
             keeps theirs.
-        channels: 1 or 3; null likewise.
+        channels: 1 or 3; null takes that of the saved model that is fine-tuned, else keeps theirs.
         limit_train: largest number of training images, balanced.
         limit_test: largest number of test images, balanced.
         held_out: training images held out, balanced, to choose the best checkpoint by robust accuracy.
         crop_padding: pixels of padding of the random crop.
         flip: mirror half of the training images.
         extra_source: further training images, such as generated ones, of the same classes; scaled like the others.
-        extra_split: name of their split.
-        extra_fraction: share of each batch that comes from them, between 0 and 1; an epoch stays as long as without.
-        extra_limit: largest number of them, balanced.
+        extra_split: split of the extra images.
+        extra_fraction: share of each batch that comes from the extra images, between 0 and 1; an epoch stays as long as
+            without.
+        extra_limit: largest number of extra images, balanced.
         streamed: decode images when they are needed, with `workers` processes, instead of holding them all in memory;
             needs `size`. See `timm_fsr.data.streaming.stream_data` for what it keeps on the disk.
         workers: processes that decode streamed images, for each training process; 0 decodes in that one.
@@ -315,6 +329,8 @@ class DataOptions:
             FileNotFoundError: the path does not exist.
             ValueError: they cannot be read, or have other classes.
         """
+        from timm_fsr.data.dataset import load_data
+
         if self.extra_source is None:
             return None
         channels, height, width = image_size
@@ -334,11 +350,16 @@ class DataOptions:
         Raises:
             ValueError: `crop_scale` is no range of areas.
         """
+        from timm_fsr.data.augment import Augmentation, ResizedCrop
+
         if self.crop_scale is None:
             return Augmentation(padding=self.crop_padding, flip=self.flip)
         return ResizedCrop(scale=tuple(map(float, self.crop_scale)), flip=self.flip)
 
     def _load(self, split: str, limit: int | None, classes: Sequence[str] | None, progress: bool) -> Images:
+        from timm_fsr.data.dataset import load_data
+        from timm_fsr.data.streaming import stream_data
+
         read: Callable[..., Images] = partial(load_data, progress=progress)
         if self.streamed:
             read = partial(stream_data, workers=self.workers)
@@ -407,6 +428,8 @@ class AttackOptions:
             ValueError: an unknown name or argument, also of an attack that is not used, or a key that the attack has
                 no use for.
         """
+        from timm_fsr.attacks.base import ATTACKS, attack_fields
+
         for name, args in self.args.items():
             _check_args("attack", "{n_fgsm: {noise: 1.5}}", name, args, ATTACKS[name], _COMMON_ATTACK_KEYS)
             _build("attack", ATTACKS[name], name, args)
@@ -454,6 +477,8 @@ class ObjectiveOptions:
         Raises:
             ValueError: an unknown name or argument, also of an objective that is not used.
         """
+        from timm_fsr.training.objectives import OBJECTIVES
+
         for name, args in self.args.items():
             _check_args("objective", "{trades: {beta: 6}}", name, args, OBJECTIVES[name])
             _build("objective", OBJECTIVES[name], name, args)
@@ -499,8 +524,10 @@ class OptimOptions:
         schedule: "step" (times `gamma` at each milestone), "cosine" to 0, "one_cycle" (linear up, then down to
             0) or "constant".
         milestones: epochs at which "step" lowers the rate.
-        gamma: factor of "step".
+        gamma: factor of the rate at each milestone of "step".
         warmup: share of the run in which the rate rises linearly from 0.
+        freeze: epochs at the beginning in which the feature layers and the classifier train alone, over a backbone that
+            stays as it is, BatchNorm's statistics included; for a model that begins with trained weights.
         clip_grad: largest norm of the whole gradient; longer ones are scaled down. Null is none.
         ema_decay: of an exponential moving average of the weights, which is then validated and saved; 0 is none.
         ema_warmup: begin with a smaller decay, 1 - step^(-2/3), and rise to `ema_decay` (timm's rule).
@@ -524,6 +551,7 @@ class OptimOptions:
     milestones: list[Number] = field(default_factory=lambda: [75, 90])
     gamma: Number = 0.1
     warmup: Number = 0.0
+    freeze: int = 0
     clip_grad: Number | None = None
     ema_decay: Number = 0.0
     ema_warmup: bool = False
@@ -533,11 +561,14 @@ class OptimOptions:
 
     def check(self) -> None:
         """Raise ValueError for a number out of range, an unknown optimizer or a combination without effect."""
+        from timm.optim import get_optimizer_info, list_optimizers
+
         optimizers = [str(name) for name in list_optimizers()]
         if self.optimizer not in optimizers:
             raise ValueError(unknown("optim.optimizer", self.optimizer, optimizers))
         self._check_counts()
         self._check_numbers()
+        self._check_freeze()
         if self.ema_warmup and not self.ema_decay:
             raise ValueError("optim.ema_warmup has no meaning without an average; set optim.ema_decay, such as 0.999")
         if not self.awp_gamma:
@@ -568,6 +599,18 @@ class OptimOptions:
                 "parts"
             )
 
+    def _check_freeze(self) -> None:
+        if not 0 <= self.freeze <= self.epochs:
+            raise ValueError(
+                f"optim.freeze={self.freeze} must lie between 0 and optim.epochs={self.epochs}, as it counts epochs of "
+                "the run"
+            )
+        if self.awp_gamma and self.awp_start < self.freeze:
+            raise ValueError(
+                f"optim.awp_start={self.awp_start} would perturb weights that optim.freeze={self.freeze} keeps as they "
+                f"are; set optim.awp_start={self.freeze}"
+            )
+
     def _check_numbers(self) -> None:
         if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):  # also true for NaN
             raise ValueError(
@@ -586,6 +629,8 @@ class OptimOptions:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Timm's optimizer of that name over timm's parameter groups of the model."""
+        from timm.optim import create_optimizer_v2
+
         return create_optimizer_v2(
             model,
             opt=self.optimizer,
@@ -598,6 +643,8 @@ class OptimOptions:
 
     def build_schedule(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
         """Timm's schedule of the learning rate; `step_update(step)` sets that of a step, counted from 0."""
+        from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
+
         total = self.epochs * steps_per_epoch
         rising = round(self.warmup * total)
         common: dict[str, Any] = {"t_in_epochs": False, "warmup_t": rising}
@@ -620,7 +667,7 @@ class EvaluationOptions:
         attacks: of the final evaluation on the test images, see `timm_fsr.evaluate`; [] leaves it out.
         validation_attack: a registered attack that has steps: "pgd", or "apgd", which needs no step size and is a
             little stronger at equal steps.
-        validation_steps: its steps.
+        validation_steps: steps of the validation attack.
         validate_every: epochs between validations; the last epoch is always validated.
         patience: stop after this many validations without a better checkpoint; null trains to the end.
         overfitting_alarm: with a one-step training attack, stop when robust accuracy (PGD) collapses while the
@@ -653,7 +700,7 @@ class CheckpointOptions:
 
     Attributes:
         every_steps: steps between checkpoints; null saves at the end of each epoch alone, where one is always saved.
-        keep: how many of the newest stay.
+        keep: how many of the newest checkpoints stay.
     """
 
     every_steps: int | None = None

@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
 
+from timm_fsr.training.catalog import find_recipe
 from timm_fsr.utils.documents import DocumentError, read_yaml
 from timm_fsr.utils.errors import unknown
 
@@ -64,6 +65,7 @@ def read_options(options: type[Options], arguments: Sequence[str], parser: Argum
         FileNotFoundError: no such recipe file.
         ValueError: an unknown key (the message names the nearest), or a value of another type.
     """
+    arguments = _with_files(arguments)
     for key, value in _flags(arguments):
         if key == "config" and value is not None:
             _check_keys(options, _read_yaml(Path(value)), f" in {value}")
@@ -151,6 +153,17 @@ def write_options(options: Any) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(options)), sort_keys=False)
 
 
+def _with_files(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the file of each recipe that --config names."""
+    found = list(arguments)
+    for position, argument in enumerate(found):
+        if argument.startswith("--config="):
+            found[position] = f"--config={find_recipe(argument.removeprefix('--config='))}"
+        elif argument == "--config" and position + 1 < len(found):
+            found[position + 1] = str(find_recipe(found[position + 1]))
+    return found
+
+
 def _flags(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     """(key, value) of each "--key=value" or "--key value"."""
     found: list[tuple[str, str | None]] = []
@@ -200,8 +213,6 @@ def _check_keys(options: Any, given: Mapping[str, Any], where: str, prefix: str 
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {path}; give the path of a YAML file, such as those in recipes/")
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except DocumentError as error:

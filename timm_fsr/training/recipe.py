@@ -7,15 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import ArgumentParser
+from typing_extensions import TYPE_CHECKING  # noqa: UP035  (what stands under typing's own jsonargparse would run)
 
-from timm_fsr.attacks.base import ATTACKS
-from timm_fsr.evaluation.registry import check_names, list_attacks
-from timm_fsr.layers import LAYERS
-from timm_fsr.reports.report import format_eps
-from timm_fsr.training.objectives import OBJECTIVES
-from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.options import (
     AttackOptions,
     CheckpointOptions,
@@ -28,6 +22,9 @@ from timm_fsr.training.options import (
 from timm_fsr.training.parsing import options_parser, read_options, read_values, write_options
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.registry import import_extension, is_file_name, split_imports
+
+if TYPE_CHECKING:  # as in options.py: a recipe is read without torch
+    from timm_fsr.training.objectives.base import Objective
 
 __all__ = [
     "AttackOptions",
@@ -119,6 +116,8 @@ class Recipe:
         return read_values(cls, values, recipe_parser())
 
     def __str__(self) -> str:
+        from timm_fsr.reports.report import format_eps
+
         model = self.model.name + (f" with {self.model.layer}" if self.model.layer else "")
         attack = f"{self.attack.name} ({self.attack.norm} {format_eps(self.attack.eps, self.attack.norm)})"
         return (
@@ -128,6 +127,8 @@ class Recipe:
 
     def check(self) -> None:
         """Raise ValueError for anything that cannot work, in a second, before data is read or weights are made."""
+        from timm_fsr.evaluation.registry import check_names
+
         for source in self.imports:
             self._import(source)
         if not -(2**63) <= self.seed < 2**64:
@@ -165,6 +166,12 @@ class Recipe:
                 f"objective.name={self.objective.name} needs the feature layer {objective.layer!r}, but model.layer is "
                 f"{self.model.layer}; set model.layer={objective.layer}, or take another objective"
             )
+        if self.optim.freeze and not self.model.is_trained:
+            raise ValueError(
+                f"optim.freeze={self.optim.freeze} keeps a trained backbone as it is, but {self.model.name} begins "
+                "with random weights; give the folder or Hub name of a trained model as model.name, set "
+                "model.pretrained, or leave out optim.freeze"
+            )
         if objective.fine_tunes and not self.model.is_trained:
             raise ValueError(
                 f"objective.name={self.objective.name} fine-tunes a trained model, but {self.model.name} begins with "
@@ -174,6 +181,8 @@ class Recipe:
     def _check_passes(self, *, twice: bool) -> None:
         """Refuse what cannot run the model as asked; `twice`: the loss is differentiated twice."""
         if self.compile is not None:
+            import torch
+
             known = torch.compiler.list_backends(exclude_tags=())
             if self.compile not in known:
                 raise ValueError(unknown("torch.compile backend", self.compile, known))
@@ -190,17 +199,7 @@ class Recipe:
 
 def recipe_parser() -> ArgumentParser:
     """The parser behind `timm-fsr train`: --config, and one flag per recipe key."""
-    parser = options_parser(Recipe, prog="timm-fsr train", description="Train a model by a recipe.")
-    known = {
-        "model.layer": LAYERS.names(),
-        "objective.name": OBJECTIVES.names(),
-        "attack.name": ATTACKS.names(),
-        "evaluation.attacks": list_attacks(),
-    }
-    for action in parser._actions:
-        if action.dest in known:
-            action.help = f"{action.help} Known: {', '.join(known[action.dest])}."
-    return parser
+    return options_parser(Recipe, prog="timm-fsr train", description="Train a model by a recipe.")
 
 
 def parse_arguments(arguments: Sequence[str]) -> Recipe:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from timm_fsr.attacks.base import Attack
 from timm_fsr.attacks.bn_folding import Folding
 from timm_fsr.training.awp import kept_buffers, perturbed_weights
+from timm_fsr.training.freezing import Frozen
 from timm_fsr.training.objectives.base import LossTerms, Objective, unwrapped
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.utils.random import derive_generator
@@ -74,6 +75,7 @@ class Step:
         objective: the training method.
         attack: at the eps of this step.
         folding: pairs of layers that are folded while the model is attacked.
+        frozen: the part of the model that this step leaves as it is, if there is one.
         epoch: epochs done before the step.
         index: steps of this epoch done before it.
     """
@@ -86,6 +88,7 @@ class Step:
     objective: Objective
     attack: Attack
     folding: Folding
+    frozen: Frozen | None = None
     epoch: int
     index: int
 
@@ -100,6 +103,8 @@ class Step:
         buffers = [(buffer, buffer.clone()) for buffer in self.timm_model.buffers()]
         self.optimizer.zero_grad()
         metrics = self._accumulate(images, labels)
+        if self.frozen is not None:
+            self.frozen.drop_gradients()
         scaler = self.accelerator.scaler
         broken, stop = agreed(self.accelerator, self._is_broken(metrics), stop_asked())
         if not broken or scaler is not None:  # the scaler leaves out a bad step itself, and has to know of it

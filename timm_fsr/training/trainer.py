@@ -27,6 +27,7 @@ from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.pixel import PixelModel
 from timm_fsr.models.saving import save_pretrained, weights_digest
 from timm_fsr.training.accelerator import build_accelerator
+from timm_fsr.training.freezing import Frozen, find_frozen
 from timm_fsr.training.lock import reserved
 from timm_fsr.training.metrics import begin_tracking, check_trackers, describe, log_epoch
 from timm_fsr.training.objectives.base import Objective, unwrapped
@@ -119,6 +120,7 @@ class Trainer:
         objective: the training method.
         attack: at full eps.
         folding: pairs of layers that are folded while the model is attacked.
+        backbone: the part of the model that the first epochs leave as it is, if the recipe says so.
         data: training images.
         extra: images mixed into each batch, if asked for.
         held_out: images that choose the best model.
@@ -139,6 +141,7 @@ class Trainer:
     objective: Objective
     attack: Attack
     folding: Folding
+    backbone: Frozen | None
     data: Images
     extra: ImageData | None
     held_out: Images
@@ -181,6 +184,7 @@ class Trainer:
             folding=Folding()
             if whole is not None
             else find_folding(unwrapped(prepared), torch.zeros(1, *data.image_size, device=device)),
+            backbone=find_frozen(timm_model) if options.freeze else None,
             data=data,
             extra=extra,
             held_out=held_out,
@@ -331,6 +335,10 @@ class Trainer:
         progress, options = self.progress, self.recipe
         done = progress.step - progress.epoch * self.steps_per_epoch
         self.prepared.train()
+        if self._frozen is not None:
+            self._frozen.keep_statistics()
+        elif self.backbone is not None and progress.epoch == options.optim.freeze and done == 0:
+            self.console.print(f"epoch {progress.epoch + 1}: from here on the whole model trains")
         since, started = progress.seconds, time.perf_counter()
         with bar(self.console, f"epoch {progress.epoch + 1}/{options.optim.epochs}", self.steps_per_epoch) as show:
             for step, (images, labels) in enumerate(self._batches(done), start=done + 1):
@@ -361,6 +369,11 @@ class Trainer:
             extra_fraction=self.recipe.data.extra_fraction,
         )
 
+    @property
+    def _frozen(self) -> Frozen | None:
+        """What the current epoch leaves as it is."""
+        return self.backbone if self.progress.epoch < self.recipe.optim.freeze else None
+
     def _step(self, epoch: int, index: int) -> Step:
         attack, options = self.attack, self.recipe.attack
         if options.warmup_epochs:
@@ -374,6 +387,7 @@ class Trainer:
             objective=self.objective,
             attack=attack,
             folding=self.folding,
+            frozen=self._frozen,
             epoch=epoch,
             index=index,
         )

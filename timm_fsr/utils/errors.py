@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class UnsoundError(RuntimeError):
@@ -29,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     found: BaseException | None = error
     while found is not None:
         text = str(found).lower()
-        if isinstance(found, (MemoryError, torch.OutOfMemoryError)) or (
+        if isinstance(found, MemoryError) or (  # torch.OutOfMemoryError is a RuntimeError
             isinstance(found, RuntimeError)
             and any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))
         ):
@@ -45,6 +46,8 @@ def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int 
         ValueError: `images` not (N, C, H, W) floating point in [0, 1], or `labels` not (N,) integers in
             [0, num_classes).
     """
+    import torch  # here: the command line's help needs this file, and not torch
+
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(
             f"images have shape {tuple(images.shape)} and dtype {images.dtype}; give a floating-point batch "

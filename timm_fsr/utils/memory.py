@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container, or "max"
 
 
 def total_memory(device: torch.device | str = "cpu") -> int | None:
     """Bytes of memory that the machine, its container or its GPU has in all; None if that is not known."""
+    import torch  # here: recipes' keys need this file, and are shown without torch
+
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
@@ -39,6 +43,8 @@ def check_memory(needed: int, what: str, remedy: str, *, device: torch.device | 
     Raises:
         ValueError: the device has less.
     """
+    import torch
+
     total = total_memory(device)
     if total is not None and needed > total:
         where = "this machine" if torch.device(device).type == "cpu" else f"the device {device}"

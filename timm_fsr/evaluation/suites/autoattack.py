@@ -14,6 +14,9 @@ AUTOATTACK_SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """AutoAttack's version and components by suite name."""
 
+NAMES = ("autoattack", "plus", "rand", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+"""The names that are registered here, for help texts, which read this file without importing it."""
+
 _ABOUT = {
     "autoattack": "AutoAttack's standard version, which leaderboards rank by.",
     "plus": "AutoAttack's longer version.",

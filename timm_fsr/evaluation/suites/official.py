@@ -9,6 +9,9 @@ from timm_fsr.attacks.losses import carlini_wagner, cross_entropy
 from timm_fsr.attacks.pgd import FGSM, PGD
 from timm_fsr.evaluation.registry import ImageLoss, Suite, Target, register_suite, single
 
+NAMES = ("official-fgsm", "official-pgd20", "official-pgd100", "official-cw30")
+"""Besides what is decorated: the names that are registered here, for help texts, which read this file as text."""
+
 
 def _pgd(norm: str, eps: float, steps: int) -> PGD:
     return PGD(norm=norm, eps=eps, steps=steps, step_size=0.1 * eps or None, random_start=False)

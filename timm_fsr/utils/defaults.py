@@ -1,0 +1,15 @@
+"""Names and defaults that help texts show; the modules that use them are too heavy to import for help."""
+
+EMBEDDED = "fashion_mnist"
+CLASS_ORDERS = ("codepoint", "timm")
+CARD, REPORT, PAGE, RECIPE = "README.md", "report.json", "report.html", "recipe.yaml"
+BATCH_SIZE = 250
+CONVERTIBLE = (
+    "resnet18_cifar",
+    "wrn34_10_cifar",
+    "wrn28_10_cifar",
+    "preact_resnet18_cifar",
+    "resnet18_cifar_fsr",
+    "vgg16_bn_cifar_fsr",
+    "wrn34_10_cifar_fsr",
+)
