@@ -87,7 +87,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     with bar(console, "evaluation", share) as show:
 
         def progress(now: Standing) -> None:
-            show(now.images, f"at most {100 * now.bound:.1f} % robust, {now.stage}")
+            show.update(now.images, f"at most {100 * now.bound:.1f} % robust, {now.stage}")
 
         if options.output:
             report = assess(

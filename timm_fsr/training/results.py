@@ -84,7 +84,7 @@ def conclude(run: FinishedRun) -> nn.Module:
             folder=output / "evaluation",  # a kill costs one attack on one batch
             overwrite=True,
             accelerator=run.accelerator,
-            progress=lambda now: show(now.images, f"at most {100 * now.bound:.1f} % robust"),
+            progress=lambda now: show.update(now.images, f"at most {100 * now.bound:.1f} % robust"),
         )
     if main:
         report.save(output / "report.json")

@@ -53,8 +53,6 @@ __all__ = ["InterruptedRunError", "Trainer", "train"]
 MOST_SKIPPED = 20
 """Steps in a row that may be skipped because of a NaN or an infinity."""
 
-_SHOW_EVERY = 20  # steps between looks at the metrics: looking waits for the device
-
 
 def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
     """Train a model by `recipe`, keep its best and last model, and evaluate the best on the test images.
@@ -327,8 +325,7 @@ class Trainer:
                     images = images.contiguous(memory_format=torch.channels_last)
                 self.take_step(images, labels, stop_asked=stop_asked)
                 progress.seconds = since + time.perf_counter() - started
-                if step % _SHOW_EVERY == 0 or step == self.steps_per_epoch:
-                    show(step, describe(self._means(self.sums)))
+                show.update(step, lambda: describe(self._means(self.sums)))
                 every = options.checkpoint.every_steps
                 if every and progress.step % every == 0 and step < self.steps_per_epoch:  # the epoch's end saves too
                     self.save_checkpoint()
