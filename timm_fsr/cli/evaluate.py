@@ -19,7 +19,8 @@ from timm_fsr.data.dataset import ImageData, load_data
 from timm_fsr.data.sources import CLASS_ORDERS, EMBEDDED, is_image_folder, other_class_order
 from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_extras
 from timm_fsr.evaluation.classes import judged_data, read_classes
-from timm_fsr.evaluation.evaluator import Standing, evaluate
+from timm_fsr.evaluation.display import evaluation_display
+from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
 from timm_fsr.evaluation.registry import check_names, list_attacks
 from timm_fsr.evaluation.saved_images import rescore
@@ -31,7 +32,6 @@ from timm_fsr.training.parsing import parse_number
 from timm_fsr.utils.distributed import join_processes
 from timm_fsr.utils.errors import ImageSizeError
 from timm_fsr.utils.files import staged
-from timm_fsr.utils.progress import bar
 
 _EVALUATE = """Clean and robust accuracy of a model, and the evidence for it.
 
@@ -84,11 +84,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         "accelerator": accelerator,
     }
     share = len(data) // (1 if accelerator is None else accelerator.num_processes)
-    with bar(console, "evaluation", share) as show:
-
-        def progress(now: Standing) -> None:
-            show.update(now.images, f"at most {100 * now.bound:.1f} % robust, {now.stage}")
-
+    with evaluation_display(console, share) as display:
         if options.output:
             report = assess(
                 model,
@@ -100,11 +96,11 @@ def evaluate_command(arguments: Sequence[str]) -> None:
                 trained=own,
                 overwrite=options.overwrite,
                 save_images=options.save_images,
-                progress=progress,
-                announce=lambda part: console.print(f"now: {part}"),
+                progress=display.attacked,
+                advance=display.part,
             )
         else:
-            report = evaluate(model, data, **common, progress=progress)
+            report = evaluate(model, data, **common, progress=display.attacked)
     _print_report(report, options, console, noted)
 
 

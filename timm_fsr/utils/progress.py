@@ -58,7 +58,7 @@ def progress(
 
 
 @contextmanager
-def bar(console: Console, title: str, total: int | None, *, whole: str = "") -> Iterator[Bar]:
+def bar(console: Console, title: str, total: float | None, *, whole: str = "") -> Iterator[Bar]:
     """Show a bar while the block runs, which is gone afterwards; a plain line now and then where there is no terminal.
 
     A bar inside another one shows nothing: two would draw over each other.
@@ -66,7 +66,7 @@ def bar(console: Console, title: str, total: int | None, *, whole: str = "") -> 
     Args:
         console: where to show it; nothing is shown on a quiet one, as that of all processes but the first.
         title: of the part that the block begins with.
-        total: of that part; None: unknown.
+        total: of that part; 1 is shown in percent; None: unknown.
         whole: title of a second bar, for all parts together.
     """
     global _drawing
@@ -80,8 +80,9 @@ def bar(console: Console, title: str, total: int | None, *, whole: str = "") -> 
             view = _Lines(console, whole)
     before, _drawing = _drawing, True
     try:
+        shown = Bar(view, title, total)
         with view:
-            yield Bar(view, title, total)
+            yield shown
     finally:
         _drawing = before
 
@@ -116,11 +117,11 @@ class Rate:
 class Bar:
     """What a block shows while it runs: the part that it is in, and perhaps all parts together."""
 
-    def __init__(self, view: _View, title: str, total: int | None) -> None:
+    def __init__(self, view: _View, title: str, total: float | None) -> None:
         self._view = view
         self.begin(title, total)
 
-    def begin(self, title: str, total: int | None, done: int = 0) -> None:
+    def begin(self, title: str, total: float | None, done: float = 0) -> None:
         """Begin another part, of which `done` of `total` are done already."""
         self._title, self._total, self._rate, self._looked = title, total, Rate(), -float("inf")
         self._rate.add(time.monotonic(), done)
@@ -128,9 +129,10 @@ class Bar:
 
     def update(
         self,
-        done: int,
+        done: float,
         note: Note = "",
         *,
+        counts: bool = True,
         left: float | None = None,
         whole: tuple[float, float | None] | None = None,
     ) -> None:
@@ -138,12 +140,15 @@ class Bar:
 
         Args:
             done: of the part's total.
-            note: a line of text, the important first, as a long one is cut; a function is called only when it is shown,
+            note: lines of text, the important first, as long ones are cut; a function is called only when it is shown,
                 at most every half a second.
+            counts: False if this was only looked up, as after a resumption, and says nothing of the speed.
             left: seconds that the part still takes; None: by its recent rate.
             whole: the share of all parts that is done, in [0, 1], and the seconds that are left, if known.
         """
         now = time.monotonic()
+        if not counts:
+            self._rate = Rate()
         self._rate.add(now, done)
         last = done == self._total
         if now < self._view.due or (now - self._looked < DRAW_EVERY and not last):
@@ -177,15 +182,15 @@ class _State:
         title: of its part.
         total: of the part; None: unknown.
         done: of the part.
-        note: a line of text.
+        note: lines of text.
         left: seconds that the part still takes, if known.
         whole: the share of all parts that is done, and the seconds that are left of them.
         now: the time of all this.
     """
 
     title: str
-    total: int | None
-    done: int
+    total: float | None
+    done: float
     note: str
     left: float | None
     whole: tuple[float, float | None] | None
@@ -207,7 +212,7 @@ class _View:
     def __exit__(self, *_: object) -> None:
         """Clear what is shown."""
 
-    def begin(self, title: str, total: int | None, done: int) -> None:
+    def begin(self, title: str, total: float | None, done: float) -> None:
         """Show a part that begins."""
 
     def show(self, state: _State) -> None:
@@ -226,7 +231,7 @@ class _Lines(_View):
         times = [] if state.left is None else [f"{duration(state.left)} left"]
         if state.whole is not None and state.whole[1] is not None:
             times.append(f"{self._whole}: {duration(state.whole[1])} left")
-        parts = [f"{state.title}: {_count(state.done, state.total)}", state.note, *times]
+        parts = [f"{state.title}: {_count(state.done, state.total)}", *state.note.splitlines(), *times]
         self._console.print(", ".join(filter(None, parts)), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -256,9 +261,10 @@ class _Terminal(_View):
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def begin(self, title: str, total: int | None, done: int) -> None:
+    def begin(self, title: str, total: float | None, done: float) -> None:
         self._bars.tasks[0].total = total  # rich's own functions take None for "as before"
-        self._bars.reset(self._part, description=title, completed=done, count=_count(done, total), due=None)
+        self._bars.reset(self._part, description=title, count=_count(done, total), due=None)
+        self._bars.update(self._part, completed=done)
         self._bars.note = ""
 
     def show(self, state: _State) -> None:
@@ -267,24 +273,27 @@ class _Terminal(_View):
         if self._all is not None and state.whole is not None:
             share, left = state.whole
             due = _due(state.now, left)
-            self._bars.update(self._all, completed=share, count=f"{100 * share:.0f} %", due=due)
+            self._bars.update(self._all, completed=share, count=_count(share, 1), due=due)
         self._bars.note = state.note
 
 
 class _Notebook(_Terminal):
     """The same bars in the output of a notebook's cell, which needs no widgets."""
 
+    _handle: Any = None
+
     def __enter__(self) -> None:
         from IPython.display import display  # type: ignore[import-not-found, unused-ignore]
 
-        self._handle: Any = display(self._bars, display_id=True)
+        self._handle = display(self._bars, display_id=True)
 
     def __exit__(self, *_: object) -> None:
         self._handle.update(Text(""))
 
-    def begin(self, title: str, total: int | None, done: int) -> None:
+    def begin(self, title: str, total: float | None, done: float) -> None:
         super().begin(title, total, done)
-        self._handle.update(self._bars)
+        if self._handle is not None:
+            self._handle.update(self._bars)
 
     def show(self, state: _State) -> None:
         super().show(state)
@@ -292,7 +301,7 @@ class _Notebook(_Terminal):
 
 
 class _Bars(Progress):
-    """Bars, and below them a line of text that never takes their place."""
+    """Bars, and below them lines of text that never take their place."""
 
     note = ""
 
@@ -320,4 +329,6 @@ def _due(now: float, left: float | None) -> float | None:
 
 
 def _count(done: float, total: float | None) -> str:
-    return f"{done:.0f}" if total is None else f"{done:.0f}/{total:.0f}"
+    if total == 1:
+        return f"{100 * done:.0f} %"
+    return f"{done:.0f}" if total is None else f"{int(done)}/{total:.0f}"
