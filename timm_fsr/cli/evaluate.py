@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,27 @@ from timm_fsr.data.sources import CLASS_ORDERS, EMBEDDED, is_image_folder, other
 from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_extras
 from timm_fsr.evaluation.classes import judged_data, read_classes
 from timm_fsr.evaluation.display import evaluation_display
+from timm_fsr.evaluation.estimate import (
+    estimate_attacks,
+    estimate_corruptions,
+    estimate_evidence,
+    peak_memory,
+    size,
+    together,
+)
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
 from timm_fsr.evaluation.registry import check_names, list_attacks
 from timm_fsr.evaluation.saved_images import rescore
 from timm_fsr.models.description import check_runs, class_names, input_size, size_text
-from timm_fsr.models.pixel import as_pixel_model
+from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.models.saving import load, saved_here, training_recipe, training_report
 from timm_fsr.reports.report import WORST_CASE, Report, format_eps
 from timm_fsr.training.parsing import parse_number
 from timm_fsr.utils.distributed import join_processes
 from timm_fsr.utils.errors import ImageSizeError
 from timm_fsr.utils.files import staged
+from timm_fsr.utils.progress import bar
 
 _EVALUATE = """Clean and robust accuracy of a model, and the evidence for it.
 
@@ -72,6 +82,9 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         console.print(line, markup=False)
     classes = None if options.classes is None else read_classes(options.classes)
     noted = _say_before(options, model, data, classes, console)
+    if options.dry_run:
+        _dry_run(options, model, data, sources, 1 if accelerator is None else accelerator.num_processes, console)
+        return
     common: dict[str, Any] = {
         "norm": options.norm,
         "eps": options.eps,
@@ -102,6 +115,55 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         else:
             report = evaluate(model, data, **common, progress=display.attacked)
     _print_report(report, options, console, noted)
+
+
+def _dry_run(
+    options: argparse.Namespace,
+    model: nn.Module,
+    data: ImageData,
+    sources: Mapping[str, nn.Module],
+    processes: int,
+    console: Console,
+) -> None:
+    """Print what the evaluation would take and write."""
+    with bar(console, "timing passes", None):
+        passes, found = estimate_attacks(
+            model,
+            data,
+            norm=options.norm,
+            eps=options.eps,
+            attacks=options.attacks,
+            seed=options.seed,
+            transfer_from=sources,
+            batch_size=options.batch_size,
+            processes=processes,
+        )
+        if options.evidence:
+            found.append(estimate_evidence(passes, min(options.evidence, len(data))))
+        if options.corruptions:
+            found.append(estimate_corruptions(data, passes, min(options.corruptions, len(data))))
+    memory = peak_memory(device_of(model))
+    right, robust = (f"{100 * share:.0f} %" for share in (passes.clean, passes.robust))
+    rows = [
+        ("images", f"{len(data):,}, in batches of {options.batch_size}"),
+        ("speed", f"{1 / passes.forward:,.0f} images/s forward, {1 / passes.gradient:,.0f} forward and back"),
+        (
+            "timed images",
+            f"{passes.images}: {right} right, {robust} under PGD-10",
+        ),
+        *((one.name, str(one)) for one in found),
+        ("together", str(together(found))),
+        ("peak memory", "unknown on this system" if memory is None else size(memory)),
+        ("would write", f"{options.output}/: {REPORT}, {PAGE}, ..." if options.output else "nothing: no --output"),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    console.print("a dry run: nothing was attacked or written", markup=False)
+    console.print("\n".join(f"{name:<{width}}{text}" for name, text in rows), markup=False)
+    console.print(
+        "Later attacks work on what earlier ones left: 'about' takes the share that PGD-10 left of the timed images, "
+        "'at most' breaks none.",
+        markup=False,
+    )
 
 
 def _evaluate_parser() -> argparse.ArgumentParser:
@@ -178,6 +240,11 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     results.add_argument(
         "--output", help=f"folder for {REPORT}, {PAGE} and the outcomes to resume from (default: nothing is written)"
     )
+    results.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load everything, time some passes, print what the attacks would take, and write nothing",
+    )
     results.add_argument("--overwrite", action="store_true", help="replace what the folder holds of another evaluation")
     results.add_argument("--save-images", action="store_true", help="keep the attacked images, for --attacked")
     results.add_argument(
@@ -233,7 +300,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.output:
         if Path(options.output).suffix in (".json", ".html") or Path(options.output).is_file():
             raise ValueError(f"--output takes a folder, for several files, but {options.output} is a file's name")
-        with staged(Path(options.output)):
+        with nullcontext() if options.dry_run else staged(Path(options.output)):
             pass  # a folder that cannot be written is better known before the attacks run than after
 
 

@@ -100,7 +100,7 @@ def gather_evidence(
     images, labels = as_float(images).to(device), labels.to(device)
     check_images(images, labels)
     square = Component("square", norm, eps, seed)
-    meter = _Meter(_part_costs(steps, restarts), len(images), advance)
+    meter = _Meter(part_costs(steps, restarts), len(images), advance)
     subject = Subject(pixel_model, images, labels, norm, eps, seed, batch_size, meter.spend)
     survivors = torch.ones(len(images), dtype=torch.bool)  # of every white-box attack so far
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -150,7 +150,7 @@ _WORDS = {
 }
 
 
-def _part_costs(steps: Sequence[int], restarts: Sequence[int]) -> dict[str, float]:
+def part_costs(steps: Sequence[int], restarts: Sequence[int]) -> dict[str, float]:
     """Gradients of each image that a part may take; two passes without gradient count as one."""
     return {
         "eps": 50.0 * (len(EPS_FACTORS) - 1),
