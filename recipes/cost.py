@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_fsr.training.pace import training_passes
 from timm_fsr.training.recipe import Recipe
 
 # Training images, classes and image size of each data set that a recipe names.
@@ -35,22 +36,11 @@ def forward_flops(recipe: Recipe, classes: int, image_size: tuple[int, int, int]
     return counter.get_total_flops()
 
 
-def passes(recipe: Recipe) -> int:
-    """Forward passes that training on one image costs as much as; a backward pass counts as two.
-
-    An attack step needs the gradient of the image alone, so that its backward pass counts as one. Training passes see
-    the adversarial image in AT, it and the clean one in the others, and the attack of TRADES the clean one once more.
-    """
-    steps = {"pgd": 10 if recipe.attack.steps is None else recipe.attack.steps}.get(recipe.attack.name, 1)
-    name = recipe.objective.name
-    return 3 if name == "natural" else 2 * steps + (3 if name == "at" else 6) + (name == "trades")
-
-
 def training_flops(recipe: Recipe) -> float:
     """Of the whole training; validation and the final evaluation come on top."""
     images, classes, image_size = DATA[recipe.data.source]
     images = min(images, recipe.data.limit_train or images) - recipe.data.held_out
-    return images * recipe.optim.epochs * passes(recipe) * forward_flops(recipe, classes, image_size)
+    return images * recipe.optim.epochs * training_passes(recipe) * forward_flops(recipe, classes, image_size)
 
 
 def main(paths: list[str]) -> int:

@@ -315,7 +315,7 @@ class TestCost:
         ],
     )
     def test_passes_follow_attack_and_objective(self, cost, flags, passes):
-        assert cost.passes(parse_arguments(flags)) == passes
+        assert cost.training_passes(parse_arguments(flags)) == passes
 
 
 class TestDocumentation:

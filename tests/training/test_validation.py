@@ -89,7 +89,7 @@ class TestWhatIsMeasured:
         evaluate = timm_fsr.training.validation.evaluate
 
         def spy(model: nn.Module, data: Any, **options: Any) -> Report:
-            asked.append(options)
+            asked.append({name: value for name, value in options.items() if name != "progress"})
             return evaluate(model, data, **options)
 
         monkeypatch.setattr(timm_fsr.training.validation, "evaluate", spy)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,20 @@ from timm_fsr.data.dataset import ImageData, load_data
 from timm_fsr.data.sources import is_image_folder, other_class_order
 from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_extras
 from timm_fsr.evaluation.classes import judged_data, read_classes
-from timm_fsr.evaluation.evaluator import Standing, evaluate
+from timm_fsr.evaluation.display import evaluation_display
+from timm_fsr.evaluation.estimate import (
+    estimate_attacks,
+    estimate_corruptions,
+    estimate_evidence,
+    peak_memory,
+    size,
+    together,
+)
+from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.registry import check_names
 from timm_fsr.evaluation.saved_images import rescore
 from timm_fsr.models.description import check_runs, class_names, input_size, size_text
-from timm_fsr.models.pixel import as_pixel_model
+from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.models.saving import load, saved_here, training_recipe, training_report
 from timm_fsr.reports.report import WORST_CASE, Report
 from timm_fsr.utils.distributed import join_processes
@@ -60,6 +70,9 @@ def evaluate_command(options: argparse.Namespace) -> None:
         console.print(line, markup=False)
     classes = None if options.classes is None else read_classes(options.classes)
     noted = _say_before(options, model, data, classes, console)
+    if options.dry_run:
+        _dry_run(options, model, data, sources, 1 if accelerator is None else accelerator.num_processes, console)
+        return
     common: dict[str, Any] = {
         "norm": options.norm,
         "eps": options.eps,
@@ -72,11 +85,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
         "accelerator": accelerator,
     }
     share = len(data) // (1 if accelerator is None else accelerator.num_processes)
-    with bar(console, "evaluation", share) as show:
-
-        def progress(now: Standing) -> None:
-            show(now.images, f"at most {100 * now.bound:.1f} % robust, {now.stage}")
-
+    with evaluation_display(console, share) as display:
         if options.output:
             report = assess(
                 model,
@@ -88,12 +97,61 @@ def evaluate_command(options: argparse.Namespace) -> None:
                 trained=own,
                 overwrite=options.overwrite,
                 save_images=options.save_images,
-                progress=progress,
-                announce=lambda part: console.print(f"now: {part}"),
+                progress=display.attacked,
+                advance=display.part,
             )
         else:
-            report = evaluate(model, data, **common, progress=progress)
+            report = evaluate(model, data, **common, progress=display.attacked)
     _print_report(report, options, console, noted)
+
+
+def _dry_run(
+    options: argparse.Namespace,
+    model: nn.Module,
+    data: ImageData,
+    sources: Mapping[str, nn.Module],
+    processes: int,
+    console: Console,
+) -> None:
+    """Print what the evaluation would take and write."""
+    with bar(console, "timing passes", None):
+        passes, found = estimate_attacks(
+            model,
+            data,
+            norm=options.norm,
+            eps=options.eps,
+            attacks=options.attacks,
+            seed=options.seed,
+            transfer_from=sources,
+            batch_size=options.batch_size,
+            processes=processes,
+        )
+        if options.evidence:
+            found.append(estimate_evidence(passes, min(options.evidence, len(data))))
+        if options.corruptions:
+            found.append(estimate_corruptions(data, passes, min(options.corruptions, len(data))))
+    memory = peak_memory(device_of(model))
+    right, robust = (f"{100 * share:.0f} %" for share in (passes.clean, passes.robust))
+    rows = [
+        ("images", f"{len(data):,}, in batches of {options.batch_size}"),
+        ("speed", f"{1 / passes.forward:,.0f} images/s forward, {1 / passes.gradient:,.0f} forward and back"),
+        (
+            "timed images",
+            f"{passes.images}: {right} right, {robust} under PGD-10",
+        ),
+        *((one.name, str(one)) for one in found),
+        ("together", str(together(found))),
+        ("peak memory", "unknown on this system" if memory is None else size(memory)),
+        ("would write", f"{options.output}/: {REPORT}, {PAGE}, ..." if options.output else "nothing: no --output"),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    console.print("a dry run: nothing was attacked or written", markup=False)
+    console.print("\n".join(f"{name:<{width}}{text}" for name, text in rows), markup=False)
+    console.print(
+        "Later attacks work on what earlier ones left: 'about' takes the share that PGD-10 left of the timed images, "
+        "'at most' breaks none.",
+        markup=False,
+    )
 
 
 def _check_attacked(options: argparse.Namespace) -> None:
@@ -130,7 +188,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.output:
         if Path(options.output).suffix in (".json", ".html") or Path(options.output).is_file():
             raise ValueError(f"--output takes a folder, for several files, but {options.output} is a file's name")
-        with staged(Path(options.output)):
+        with nullcontext() if options.dry_run else staged(Path(options.output)):
             pass  # a folder that cannot be written is better known before the attacks run than after
 
 

@@ -221,7 +221,7 @@ def load_data(
         class_order: how class folders are numbered where `classes` does not say: "codepoint" (Zebra, apple, class10,
             class9), or "timm" as timm's own scripts do (apple, class9, class10, Zebra).
         limit: the largest number of images to decode, each class in its share and always the same ones.
-        progress: show a progress bar on stderr if that is a terminal.
+        progress: show on stderr how far it is.
 
     Returns:
         The split on the CPU, in its stored order.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -108,19 +108,19 @@ class Rows:
             indices: positions in this split.
             size: (height, width) that images are scaled and centre-cropped to; None keeps their common size.
             channels: 1 for grey, 3 for RGB, or None to keep what the images have.
-            progress: show a progress bar on stderr if that is a terminal.
+            progress: show on stderr how far it is.
 
         Raises:
             ValueError: an image is broken, or images differ in size or colour and nothing says what to do.
         """
-        from rich.console import Console
-        from rich.progress import track
+        from timm_fsr.utils.progress import progress as shown
 
-        console = Console(stderr=True)
-        hidden = not (progress and console.is_terminal)
         stored = self.pictures.as_wanted(size, channels) if isinstance(self.pictures, ArrayPictures) else None
         images = torch.empty(0, dtype=torch.uint8)
-        for start in track(range(0, len(indices), CHUNK), "decoding", console=console, disable=hidden):
+        starts: Iterable[int] = range(0, len(indices), CHUNK)
+        if progress:
+            starts = shown(starts, len(indices), "decoding images", size=lambda start: min(CHUNK, len(indices) - start))
+        for start in starts:
             chunk = indices[start : start + CHUNK]
             if stored is not None:  # a million small images take seconds rather than minutes
                 arrays = stored[chunk]

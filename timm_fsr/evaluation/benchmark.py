@@ -44,6 +44,7 @@ _TRAINING = (
 )
 
 Announce = Callable[[str], None]
+Advance = Callable[[str, float], None]
 
 
 def assess(
@@ -67,6 +68,7 @@ def assess(
     accelerator: Accelerator | None = None,
     progress: Callable[[Standing], None] | None = None,
     announce: Announce | None = None,
+    advance: Advance | None = None,
 ) -> Report:
     """Evaluate a model and write `report.json`, `examples.json` and `report.html` into a folder.
 
@@ -92,6 +94,7 @@ def assess(
         accelerator: shares the attacks over its processes; the first one does the rest.
         progress: called after each attack on a batch.
         announce: called with the name of each later part before it begins.
+        advance: called with the name of each later part, in words, and how much of it is done, in [0, 1].
 
     Returns:
         The report.
@@ -107,7 +110,7 @@ def assess(
     folder = Path(folder)
     judged, _ = match_classes(model, data, classes)
     training = {key: trained.conditions[key] for key in _TRAINING if trained and key in trained.conditions}
-    say = announce or (lambda _: None)
+    say, tell = announce or (lambda _: None), advance or (lambda _, __: None)
     report = evaluate(
         model,
         data,
@@ -130,6 +133,7 @@ def assess(
         return report
     report = _with_earlier(report, folder)
     say("calibration")
+    tell("calibration", 0.0)
     report = dataclasses.replace(
         report, calibration={"clean": calibration(*clean_logits(model, judged.batches(batch_size)))}
     )
@@ -137,14 +141,15 @@ def assess(
     cache = Cache(folder / CACHE, {**_about(report), "versions": report.conditions["versions"]})
     if evidence_images:
         some = _some(model, judged, evidence_images)
-        report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, cache, say))
+        report = dataclasses.replace(report, evidence=_evidence(model, some, report, batch_size, cache, say, tell))
         report.save(folder / REPORT)
     if corruption_images:
         say("corruptions")
         some = _some(model, judged, corruption_images)
-        report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, cache))
+        report = dataclasses.replace(report, corruptions=_corruptions(model, some, seed, batch_size, cache, tell))
         report.save(folder / REPORT)
     say("examples")
+    tell("examples and page", 0.0)
     some = _some(model, judged, min(_EXAMPLE_IMAGES, batch_size))
     examples = _examples(model, some, judged.classes, report) if norm in NORMS else {}
     write_text(folder / EXAMPLES, json.dumps(examples) + "\n")
@@ -185,6 +190,7 @@ def _evidence(
     batch_size: int,
     cache: Cache,
     announce: Announce,
+    advance: Advance,
 ) -> dict[str, Any]:
     """The evidence of honest gradients, each part of it kept as soon as it is known."""
     found = gather_evidence(
@@ -195,6 +201,7 @@ def _evidence(
         seed=report.seed,
         batch_size=batch_size,
         announce=announce,
+        advance=lambda words, share: advance(f"gradient masking checks: {words}", share),
         once=lambda part, make: cache.once(f"{part} on {len(some[0])} images by {batch_size}", make),
     )
     if report.collapsed:  # honest or not, its gradients say nothing
@@ -220,13 +227,19 @@ def _with_earlier(report: Report, folder: Path) -> Report:
 
 
 def _corruptions(
-    model: nn.Module, data: tuple[Tensor, Tensor], seed: int, batch_size: int, cache: Cache
+    model: nn.Module, data: tuple[Tensor, Tensor], seed: int, batch_size: int, cache: Cache, advance: Advance
 ) -> dict[str, dict[str, float]]:
     """Accuracy by kind and severity, each kind kept as soon as it is known."""
 
     def accuracy(kind: str) -> dict[str, float]:
+        number, words = CORRUPTIONS.index(kind), f"common corruptions: {kind.replace('_', ' ')}"
+
+        def tell(done: int, _: int) -> None:
+            advance(words, (number + done / len(data[0])) / len(CORRUPTIONS))
+
+        tell(0, 0)
         batches = zip(*(tensor.split(batch_size) for tensor in data), strict=True)
-        found = corruption_accuracy(model, batches, names=[kind], seed=seed)
+        found = corruption_accuracy(model, batches, names=[kind], seed=seed, progress=tell)
         return {str(level): share for level, share in found[kind].items()}
 
     return {kind: cache.once(f"{kind} on {len(data[0])} images", partial(accuracy, kind)) for kind in CORRUPTIONS}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +55,9 @@ from timm_fsr.version import __version__
 
 __all__ = ["Standing", "evaluate"]
 
+_UNKNOWN = 100.0  # passes that an attack counts as for the progress if its cost is unknown
+_TICK = 1.0  # seconds between looks at an attack that runs
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -63,6 +69,10 @@ class Standing:
         stage: what was run last, such as "autoattack: square".
         batch: images of the batch that is being attacked.
         left: how many of these are still right clean and under every attack so far.
+        share: how much of the work on that batch is done, in [0, 1].
+        next: what runs next, such as "autoattack: square (3 of 5)".
+        fresh: whether anything was attacked since the last time, or all of it was known from before.
+        accuracies: shares of the finished images that are right clean and under each attack.
     """
 
     images: int
@@ -70,6 +80,10 @@ class Standing:
     stage: str
     batch: int = 0
     left: int = 0
+    share: float = 0.0
+    next: str = ""
+    fresh: bool = True
+    accuracies: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bound(self) -> float:
@@ -205,12 +219,18 @@ class _Work:
     folding: Folding = field(default_factory=Folding)
     outcomes: dict[int, BatchOutcome] = field(default_factory=dict)
     standing: Standing = Standing(0, 0, CLEAN)
+    right: Counter[str] = field(default_factory=Counter)
+    took: dict[tuple[str, str], float] = field(default_factory=dict)
+    passed: dict[tuple[str, str], float] = field(default_factory=dict)
+    pace: dict[tuple[str, str], float] = field(default_factory=dict)
+    fresh: bool = False
 
     def evaluate_batch(self, index: int, images: Tensor, labels: Tensor) -> None:
         """The outcomes of batch number `index`, all of them or those that the journal does not know."""
         check_images(images, labels)
         check_channels(self.model, images)
         batch = batch_key(index, images, labels)
+        self.fresh, self.took, self.passed = False, {}, {}
         clean = self._clean(batch, images, labels)
         alive = clean.clone()
         found = BatchOutcome(labels.cpu(), clean.cpu())
@@ -223,8 +243,7 @@ class _Work:
             if earlier is not None:
                 found.suites[key] = earlier
         self.outcomes[index] = found
-        done, standing = self.standing.images + len(images), self.standing
-        self._show(Standing(done, standing.robust + int(alive.sum()), standing.stage))
+        self._finished(len(images), int(alive.sum()), found)
 
     def result(self) -> Part:
         """What the other processes have to know."""
@@ -280,14 +299,16 @@ class _Work:
         flags: dict[str, Tensor] = {}
         attacked, usable = self._attacked_so_far(suite, index, batch, images)
         for number, stage in enumerate(suite.stages, 1):
-            key = (batch, suite_key(suite), stage.name)
+            key, began = (batch, suite_key(suite), stage.name), time.perf_counter()
             known = self.journal.get(*key) if number <= usable else None
             if known is None:
                 attacked_before, broken_before = self._same_attack(suite, stage, batch, clean)
                 correct &= ~broken_before
                 chosen = (correct & ~attacked_before).nonzero().flatten()
+                self.passed[suite.name, stage.name] = _passes(stage) * len(chosen) / len(images)
                 if len(chosen):
-                    found = self._run(suite, stage, index, images[chosen], labels[chosen])
+                    with self._ticking(suite, stage, len(images), int((alive & clean).sum()), len(chosen)):
+                        found = self._run(suite, stage, index, images[chosen], labels[chosen])
                     attacked[chosen] = found
                     correct[chosen] = predict(self.model, found, stage.name) == labels[chosen]
                 if self.folder is not None:
@@ -298,9 +319,90 @@ class _Work:
             else:
                 correct = known.to(images.device, copy=True)
             flags[stage.name] = correct.clone()
-            name, left = f"{suite.name}: {stage.name}", int((alive & correct).sum())
-            self._show(Standing(self.standing.images, self.standing.robust, name, len(images), left))
+            self.fresh |= known is None
+            self.took[suite.name, stage.name] = time.perf_counter() - began
+            self._ran(suite, stage, len(images), int((alive & correct).sum()))
         return flags
+
+    @contextmanager
+    def _ticking(self, suite: Suite, stage: Stage, batch: int, left: int, attacked: int) -> Iterator[None]:
+        """Tell of a stage now and then while it runs, by counting the images that pass through the model."""
+        if self.progress is None or stage.cost is None or _is_compiled(self.model):
+            yield
+            return
+        whole, seen, told = attacked * max(stage.cost.gradients + stage.cost.forwards, 1.0), 0, time.perf_counter()
+
+        def count(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            nonlocal seen, told
+            seen += len(given[0]) if given else 0
+            if time.perf_counter() - told >= _TICK:
+                told, self.fresh = time.perf_counter(), True
+                self._ran(suite, stage, batch, left, min(seen / whole, 0.99))
+
+        handle = self.model.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _ran(self, suite: Suite, stage: Stage, batch: int, left: int, part: float = 1.0) -> None:
+        """Tell of a stage on a batch of so many images, of which so many are left; `part` of the stage is done."""
+        weights, place = self._weights(left / batch), (suite.name, stage.name)
+        stages = list(weights)
+        done = stages.index(place) + (part == 1)
+        before = sum(list(weights.values())[:done]) + (weights[place] * part if part < 1 else 0.0)
+        self.standing = dataclasses.replace(
+            self.standing,
+            batch=batch,
+            left=left,
+            share=min(before / max(sum(weights.values()), 1e-9), 1.0),
+            next=self._named(stages, done) if done < len(stages) else "",
+            fresh=self.fresh,
+        )
+        if part == 1:
+            self.standing = dataclasses.replace(self.standing, stage=f"{suite.name}: {stage.name}")
+        self._show(self.standing)
+
+    def _finished(self, images: int, robust: int, found: BatchOutcome) -> None:
+        """Tell of a batch that is finished."""
+        if self.fresh:
+            self.pace = self.took
+        done = self.standing.images + images
+        self.right[CLEAN] += int(found.clean.sum())
+        for suite in self.suites:
+            self.right[suite.name] += int(list(found.suites[suite_key(suite)].values())[-1].sum())
+        stages = list(self._weights())
+        self._show(
+            Standing(
+                done,
+                self.standing.robust + robust,
+                self.standing.stage,
+                next=self._named(stages, 0) if stages else "",
+                fresh=self.fresh,
+                accuracies={name: count / done for name, count in self.right.items()},
+            )
+        )
+
+    def _weights(self, left: float = 1.0) -> dict[tuple[str, str], float]:
+        """What each stage takes on a batch of which the share `left` is still right.
+
+        Its seconds on the batch before. On the first one, the passes of those that have run, and those that the others
+        may need.
+        """
+        if self.pace:
+            return self.pace
+        return {
+            (suite.name, stage.name): self.passed.get(
+                (suite.name, stage.name), _passes(stage) * (1.0 if suite.every_image else left)
+            )
+            for suite in self.suites
+            for stage in suite.stages
+        }
+
+    def _named(self, stages: list[tuple[str, str]], number: int) -> str:
+        suite, stage = stages[number]
+        name = suite if suite == stage else f"{suite}: {stage}"
+        return name if len(stages) == 1 else f"{name} ({number + 1} of {len(stages)})"
 
     def _same_attack(self, suite: Suite, stage: Stage, batch: str, clean: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) bool twice: the images that suites before attacked by this very stage, and those that it broke there.
@@ -348,6 +450,15 @@ class _Work:
         self.standing = standing
         if self.progress is not None:
             self.progress(standing)
+
+
+def _passes(stage: Stage) -> float:
+    return _UNKNOWN if stage.cost is None else stage.cost.passes
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a hook would be compiled too, or be ignored."""
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 @contextmanager

@@ -59,6 +59,7 @@ def gather_evidence(
     batch_size: int = BATCH_SIZE,
     classes: Sequence[str] | None = None,
     announce: Announce | None = None,
+    advance: Callable[[str, float], None] | None = None,
     once: Once | None = None,
 ) -> dict[str, Any]:
     """Attack a model in many ways and say what that tells about its gradients.
@@ -76,6 +77,7 @@ def gather_evidence(
         batch_size: images per pass; bounds the memory.
         classes: as in `timm_fsr.evaluate`.
         announce: called with the name of each part before it begins.
+        advance: called with what is being done, in words, and how much of everything is done, in [0, 1].
         once: called with the name of each part and what gathers it, to give what it has kept of that part or to
             gather and keep it, as `timm_fsr.evaluation.benchmark.Cache.once` does; None keeps nothing.
 
@@ -98,7 +100,8 @@ def gather_evidence(
     images, labels = as_float(images).to(device), labels.to(device)
     check_images(images, labels)
     square = Component("square", norm, eps, seed)
-    subject = Subject(pixel_model, images, labels, norm, eps, seed, batch_size)
+    meter = _Meter(part_costs(steps, restarts), len(images), advance)
+    subject = Subject(pixel_model, images, labels, norm, eps, seed, batch_size, meter.spend)
     survivors = torch.ones(len(images), dtype=torch.bool)  # of every white-box attack so far
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "eps": lambda: _eps_sweep(subject),
@@ -122,6 +125,7 @@ def gather_evidence(
         for name, part in parts.items():
             if announce is not None:
                 announce(name)
+            meter.begin(name)
             found: Any = part() if once is None else once(name, part)
             findings += found.pop("findings", [])
             survivors &= torch.tensor(found.pop("robust", [True]))
@@ -130,6 +134,57 @@ def gather_evidence(
                 evidence[name] = found
     evidence["findings"] = findings
     return evidence
+
+
+_WORDS = {
+    "eps": "PGD-50 at growing eps",
+    "steps": "more and more PGD steps",
+    "restarts": "more and more restarts",
+    "noise": "random noise",
+    "square": "the black-box attack Square",
+    "noise_on": "the layers' noise switched on",
+    "surface": "the loss surface",
+    "masks": "masks of the feature layers",
+    "zero_gradients": "zero gradients",
+    "repeatable": "the same twice",
+}
+
+
+def part_costs(steps: Sequence[int], restarts: Sequence[int]) -> dict[str, float]:
+    """Gradients of each image that a part may take; two passes without gradient count as one."""
+    return {
+        "eps": 50.0 * (len(EPS_FACTORS) - 1),
+        "steps": float(sum(steps)),
+        "restarts": 20.0 * sum(restarts),
+        "noise": 20.0 + _NOISE_DRAWS,
+        "square": 2.0 * APGD().steps + 2500,
+        "noise_on": 20.0 * 10,
+        "surface": 5.0,
+        "masks": 20.0,
+        "zero_gradients": 2.0,
+        "repeatable": 20.0,
+    }
+
+
+class _Meter:
+    """How much of all parts is done, by what they cost."""
+
+    def __init__(self, costs: dict[str, float], images: int, advance: Callable[[str, float], None] | None) -> None:
+        self._costs, self._images, self._advance = costs, images, advance
+        self._part, self._before, self._spent = "", 0.0, 0.0
+
+    def begin(self, part: str) -> None:
+        """A part begins; those before it are done, whatever they cost."""
+        names = list(self._costs)
+        self._part, self._before, self._spent = part, sum(self._costs[n] for n in names[: names.index(part)]), 0.0
+        self.spend(0.0, 0)
+
+    def spend(self, gradients: float, images: int) -> None:
+        """So many images have taken so many gradients each."""
+        self._spent += gradients * images / self._images
+        if self._advance is not None:
+            done = self._before + min(self._spent, self._costs[self._part])
+            self._advance(_WORDS[self._part], done / sum(self._costs.values()))
 
 
 def _eps_sweep(subject: Subject) -> dict[str, Any]:
@@ -259,6 +314,7 @@ def _square_gap(subject: Subject, square: Component, survivors: Tensor) -> dict[
         images, labels = subject.images[part], subject.labels[part]
         classes = subject.model(images[:1]).shape[1]
         after[part] = predict(subject.model, square(subject.model, images, labels, classes), "Square's") == labels
+        subject.spent(2500, len(part))
     count, broken = len(white), int((white & ~after).sum())
     share = f" ({100 * broken / count:.1f} %)" if broken else ""
     finding = _finding(
@@ -292,6 +348,7 @@ def _noise_on(subject: Subject) -> dict[str, Any]:
             generator = derive_generator(subject.seed, 0, number, 0, clean.device, stream="evidence noise on")
             loss_fn = mean_gradient(subject.loss_fn(cross_entropy, subject.labels[part]))
             attacked[part] = attack(loss_fn, subject.images[part], generator=generator)
+            subject.spent(20 * 10, len(part))
         robust = clean & subject.right_on(attacked, "attacked")
     still = _share(subject.right_on(attacked, "attacked") & subject.right_on(subject.images, "clean"))
     text = (
@@ -413,6 +470,7 @@ class Subject:
         eps: radius, in pixels of [0, 1].
         seed: of everything random.
         batch_size: images per pass.
+        spent: is told after each attack on a batch how many gradients it took, and of how many images.
     """
 
     model: nn.Module
@@ -422,6 +480,7 @@ class Subject:
     eps: float
     seed: int
     batch_size: int
+    spent: Callable[[float, int], None] = lambda _, __: None
 
     def robust_to(self, attack: Attack, name: str, loss: ImageLoss = cross_entropy) -> Tensor:
         """(N,) bool: is the image right clean and under the attack? Images that are wrong already are not attacked."""
@@ -440,11 +499,13 @@ class Subject:
         result = self.images.clone()
         indices = torch.arange(len(self.images), device=self.images.device)
         indices = indices if chosen is None else indices[chosen]
+        gradients = getattr(attack, "steps", 1) * getattr(attack, "restarts", 1)
         for number, part in enumerate(indices.split(self.batch_size) if len(indices) else ()):
             generator = derive_generator(self.seed, 0, number, 0, self.images.device, stream=f"evidence {name}")
             labels = self.labels[part]
             result[part] = attack(self.loss_fn(loss, labels), self.images[part], generator=generator)
             check_attacked(result[part], name)
+            self.spent(gradients, len(part))
         return result
 
     def loss_fn(self, loss: ImageLoss, labels: Tensor) -> LossFunction:

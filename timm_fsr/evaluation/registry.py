@@ -24,6 +24,30 @@ _NUMBERED = re.compile(r"(.*?[^0-9])([1-9]\d*)(?:x([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What an attack asks of a model for each image, at most: an image that is broken early costs less.
+
+    Attributes:
+        gradients: passes forward and back to the image.
+        forwards: passes without a gradient.
+    """
+
+    gradients: float
+    forwards: float = 0
+
+    @classmethod
+    def of(cls, attack: Attack) -> Cost:
+        """That of a single attack, by its steps and restarts."""
+        steps, restarts = getattr(attack, "steps", 1), getattr(attack, "restarts", 1)
+        return cls(steps * restarts, restarts if restarts > 1 else 0)
+
+    @property
+    def passes(self) -> float:
+        """The same in forward passes, a pass back counted as one."""
+        return 2 * self.gradients + self.forwards
+
+
+@dataclass(frozen=True)
 class Stage:
     """One attack on a model.
 
@@ -34,12 +58,14 @@ class Stage:
             generator on the images' device) to adversarial images of the same shape, in [0, 1] and in the ball.
         reuse: take over what the same attack, by name and detail, has done to an image in a suite before this one,
             instead of repeating it.
+        cost: what it asks of the model for each image, at most; None: unknown.
     """
 
     name: str
     detail: str
     run: StageFunction
     reuse: bool = False
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +234,7 @@ def single(name: str, attack: Attack, loss: ImageLoss = cross_entropy) -> Suite:
     def run(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         return attack(judged_loss(model, loss, labels), images, generator=generator)
 
-    return Suite(name, (Stage(name, detail, run),), every_image=True)
+    return Suite(name, (Stage(name, detail, run, cost=Cost.of(attack)),), every_image=True)
 
 
 def build_attack(name: str, norm: str, eps: float) -> Attack:

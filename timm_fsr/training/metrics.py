@@ -53,15 +53,25 @@ def begin_tracking(recipe: Recipe, accelerator: Accelerator, *, lines: int) -> N
 
 
 def log_epoch(
-    metrics: dict[str, float], progress: Progress, *, recipe: Recipe, accelerator: Accelerator, console: Console
+    metrics: dict[str, float],
+    progress: Progress,
+    *,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    console: Console,
+    left: str = "",
 ) -> None:
-    """Print, write and track the metrics of the last epoch of `progress`, which counts the line."""
+    """Print, write and track the metrics of the last epoch of `progress`, which counts the line.
+
+    `left` is the time that the run still takes, in words.
+    """
     progress.lines += 1
     accelerator.log(metrics, step=progress.epoch)
     if accelerator.is_main_process:
         line = json.dumps({"epoch": progress.epoch, **metrics}) + "\n"
         write_text(recipe.folder / _FILE, "".join([*_lines(recipe.folder), line]))
-        console.print(f"epoch {progress.epoch}/{recipe.optim.epochs}: {describe(metrics)}")
+        after = f"; {left}" if left else ""
+        console.print(f"epoch {progress.epoch}/{recipe.optim.epochs}: {describe(metrics)}{after}")
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -73,6 +83,16 @@ def describe(metrics: dict[str, float]) -> str:
         else:
             parts.append(_FORMATS.get(name, "{name} {value:.3f}").format(name=name.removeprefix("loss."), value=value))
     return ", ".join(filter(None, parts))
+
+
+def summarise(metrics: dict[str, float]) -> str:
+    """The most important metrics of training steps, for a line of a terminal: "loss 1.234, robust 45.6 %"."""
+    losses = [value for name, value in metrics.items() if name.startswith("loss.")]
+    parts = [f"loss {sum(losses):.3f}"] if losses else []
+    for name in ("robust", "clean"):
+        if (share := metrics.get(f"train.{name}_accuracy")) is not None:
+            parts.append(f"{name} {100 * share:.1f} %")
+    return ", ".join(parts)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from timm_fsr.attacks.base import Attack
 from timm_fsr.data.dataset import Images
+from timm_fsr.evaluation.display import evaluation_display
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE, hardware
 from timm_fsr.models.saving import load, save_pretrained
@@ -21,7 +22,6 @@ from timm_fsr.training.metrics import read_metrics
 from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import Progress
-from timm_fsr.utils.progress import bar
 from timm_fsr.utils.registry import is_file_name
 
 _CURVES = {
@@ -70,7 +70,7 @@ def conclude(run: FinishedRun) -> nn.Module:
     if not options.attacks:
         return model
     test = run.recipe.data.build_test(run.data.classes, progress=main)
-    with bar(run.console, "evaluation", len(test) // run.accelerator.num_processes) as show:
+    with evaluation_display(run.console, len(test) // run.accelerator.num_processes) as display:
         report = evaluate(
             model,
             test.to(run.accelerator.device).batches(BATCH_SIZE),
@@ -84,7 +84,7 @@ def conclude(run: FinishedRun) -> nn.Module:
             folder=output / "evaluation",  # a kill costs one attack on one batch
             overwrite=True,
             accelerator=run.accelerator,
-            progress=lambda now: show(now.images, f"at most {100 * now.bound:.1f} % robust"),
+            progress=display.attacked,
         )
     if main:
         report.save(output / "report.json")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +30,10 @@ from timm_fsr.models.saving import save_pretrained, weights_digest
 from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.freezing import Frozen, find_frozen
 from timm_fsr.training.lock import reserved
-from timm_fsr.training.metrics import begin_tracking, check_trackers, describe, log_epoch
+from timm_fsr.training.metrics import begin_tracking, check_trackers, log_epoch, summarise
 from timm_fsr.training.objectives.base import Objective, unwrapped
 from timm_fsr.training.output import Snapshot, begin_output, check_output, find_snapshot
+from timm_fsr.training.pace import Watch, watched
 from timm_fsr.training.prepare import (
     build_model,
     cautions,
@@ -55,14 +57,11 @@ from timm_fsr.training.state import (
 )
 from timm_fsr.training.step import InterruptedRunError, Step, StepResult, StopRequest, agreed, stop_requests
 from timm_fsr.training.validation import judge, validate
-from timm_fsr.utils.progress import bar
 
 __all__ = ["InterruptedRunError", "Trainer", "train"]
 
 MOST_SKIPPED = 20
 """Steps in a row that may be skipped because of a NaN or an infinity."""
-
-_SHOW_EVERY = 20  # steps between looks at the metrics: looking waits for the device
 
 
 def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
@@ -128,6 +127,7 @@ class Trainer:
         steps_per_epoch: optimisation steps of an epoch.
         progress: how far the run is.
         sums: of each metric over the steps of the current epoch, on this process.
+        watch: shows how far the run is, while `fit` runs.
     """
 
     recipe: Recipe
@@ -149,6 +149,7 @@ class Trainer:
     steps_per_epoch: int
     progress: Progress = field(default_factory=Progress)
     sums: dict[str, Tensor] = field(default_factory=dict)
+    watch: Watch | None = None
 
     @classmethod
     def prepare(cls, recipe: Recipe, accelerator: Accelerator, console: Console) -> Trainer:
@@ -204,10 +205,11 @@ class Trainer:
         for caution in cautions(self.recipe, self.steps_per_epoch):
             self.console.print(f"warning: {caution}")
         self.accelerator.wait_for_everyone()  # before the first process writes what the others look for
-        with compilation(self.recipe.compile), stop_requests() as stop_asked:
+        with compilation(self.recipe.compile), stop_requests() as stop_asked, self._watched() as watch:
+            self.watch = watch
             self._begin(new=snapshot is None)
             while self.progress.epoch < self.recipe.optim.epochs and not self.progress.stopped:
-                self._train_epoch(stop_asked)
+                self._train_epoch(stop_asked, watch)
                 ended = time.perf_counter()
                 metrics, best = self._training_metrics(), False
                 if self._validation_is_due():
@@ -215,8 +217,9 @@ class Trainer:
                     metrics |= self.validate()
                     best = self._judge(metrics)
                 self._keep_model(best=best)
-                self._finish_epoch(metrics, ended)
+                self._finish_epoch(metrics, ended, watch.remaining())
                 self.save_checkpoint()
+                watch.end_epoch()
                 self._check_stop(stop_asked)
         if self.progress.stopped:
             self.console.print(f"stopped after epoch {self.progress.epoch}: {self.progress.stopped}")
@@ -265,9 +268,17 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Accuracies of the judged model on the held-out images; see `validation.validate`."""
         one_step = is_one_step(self.attack) and self.recipe.evaluation.overfitting_alarm
-        return validate(
-            self.judged, self.held_out, self.recipe, self.accelerator, one_step=one_step, warn=self._warn_of_validation
-        )
+        share = len(self.held_out) // self.accelerator.num_processes
+        with nullcontext() if self.watch is None else self.watch.validation(share) as tell:
+            return validate(
+                self.judged,
+                self.held_out,
+                self.recipe,
+                self.accelerator,
+                one_step=one_step,
+                warn=self._warn_of_validation,
+                progress=tell,
+            )
 
     def _warn_of_validation(self, text: str) -> None:
         self.console.print(f"warning: validation in epoch {self.progress.epoch + 1}: {text}")
@@ -324,13 +335,16 @@ class Trainer:
             sharded=self.whole is not None,
         )
 
+    def _watched(self) -> AbstractContextManager[Watch]:
+        return watched(self.console, self.recipe, self.steps_per_epoch, len(self.held_out))
+
     def _begin(self, *, new: bool) -> None:
         """Make the output folder and the trackers ready."""
         if self.accelerator.is_main_process:
             begin_output(self.recipe, new=new)
         begin_tracking(self.recipe, self.accelerator, lines=self.progress.lines)
 
-    def _train_epoch(self, stop_asked: StopRequest) -> None:
+    def _train_epoch(self, stop_asked: StopRequest, watch: Watch) -> None:
         """Train on the rest of the current epoch's batches."""
         progress, options = self.progress, self.recipe
         done = progress.step - progress.epoch * self.steps_per_epoch
@@ -340,17 +354,16 @@ class Trainer:
         elif self.backbone is not None and progress.epoch == options.optim.freeze and done == 0:
             self.console.print(f"epoch {progress.epoch + 1}: from here on the whole model trains")
         since, started = progress.seconds, time.perf_counter()
-        with bar(self.console, f"epoch {progress.epoch + 1}/{options.optim.epochs}", self.steps_per_epoch) as show:
-            for step, (images, labels) in enumerate(self._batches(done), start=done + 1):
-                if options.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                self.take_step(images, labels, stop_asked=stop_asked)
-                progress.seconds = since + time.perf_counter() - started
-                if step % _SHOW_EVERY == 0 or step == self.steps_per_epoch:
-                    show(step, describe(self._means(self.sums)))
-                every = options.checkpoint.every_steps
-                if every and progress.step % every == 0 and step < self.steps_per_epoch:  # the epoch's end saves too
-                    self.save_checkpoint()
+        watch.begin_epoch(progress.epoch, done)
+        for step, (images, labels) in enumerate(self._batches(done), start=done + 1):
+            if options.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            self.take_step(images, labels, stop_asked=stop_asked)
+            progress.seconds = since + time.perf_counter() - started
+            watch.step(step, lambda: summarise(self._means(self.sums)))
+            every = options.checkpoint.every_steps
+            if every and progress.step % every == 0 and step < self.steps_per_epoch:  # the epoch's end saves too
+                self.save_checkpoint()
         if self.whole is not None:
             gather_weights(self.timm_model, into=self.whole)
 
@@ -448,19 +461,20 @@ class Trainer:
             for name in ("best", "last") if best else ("last",):
                 save_pretrained(self.judged, self.recipe.folder / name)
 
-    def _finish_epoch(self, metrics: dict[str, float], ended: float) -> None:
+    def _finish_epoch(self, metrics: dict[str, float], ended: float, left: str) -> None:
         """Count the epoch, log its metrics, and clear them for the next one.
 
         Args:
             metrics: of training and validation; completed here.
             ended: when its last step ended, by `time.perf_counter`.
+            left: the time that the run still takes, in words.
         """
         progress = self.progress
         progress.epoch += 1
         if progress.skipped:
             metrics["skipped_steps"] = float(progress.skipped)
         metrics["seconds"] = progress.seconds + time.perf_counter() - ended
-        log_epoch(metrics, progress, recipe=self.recipe, accelerator=self.accelerator, console=self.console)
+        log_epoch(metrics, progress, recipe=self.recipe, accelerator=self.accelerator, console=self.console, left=left)
         self.sums.clear()
         progress.counted = progress.skipped = 0
         progress.seconds = 0.0

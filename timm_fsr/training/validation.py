@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from timm_fsr.data.dataset import Images
-from timm_fsr.evaluation.evaluator import evaluate
+from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
 from timm_fsr.reports.report import Report
 from timm_fsr.reports.statistics import collapse
@@ -28,6 +28,7 @@ def validate(
     *,
     one_step: bool = False,
     warn: Callable[[str], None] | None = None,
+    progress: Callable[[Standing], None] | None = None,
 ) -> dict[str, float]:
     """Clean and robust accuracy of `model` on the held-out images, which the processes share.
 
@@ -39,6 +40,7 @@ def validate(
         one_step: measure the accuracy under FGSM too. With a one-step training attack it tells catastrophic
             overfitting from plain weakness.
         warn: called with a sentence if the model answers one class for nearly all images, or guesses.
+        progress: called after each attack on a batch.
 
     Returns:
         In [0, 1]: "held_out.clean_accuracy", "held_out.robust_accuracy" and perhaps "held_out.one_step_accuracy"; and
@@ -55,6 +57,7 @@ def validate(
         eps=recipe.attack.eps,
         attacks=list(attacks.values()),
         seed=recipe.seed,
+        progress=progress,
     )
     names = {"clean": "clean", **attacks}
     counts = torch.tensor([int(report.correct[key].sum()) for key in names.values()] + [report.count])

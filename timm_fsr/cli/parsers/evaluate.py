@@ -127,6 +127,11 @@ def evaluate_parser() -> CommandParser:
     results.add_argument(
         "--output", help=f"folder for {REPORT}, {PAGE} and the outcomes to resume from (default: nothing is written)"
     )
+    results.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load everything, time some passes, print what the attacks would take, and write nothing",
+    )
     results.add_argument("--overwrite", action="store_true", help="replace what the folder holds of another evaluation")
     results.add_argument("--save-images", action="store_true", help="keep the attacked images, for --attacked")
     results.add_argument(

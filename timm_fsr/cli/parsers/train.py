@@ -43,11 +43,26 @@ USUAL = (
 )
 """The keys that `--help` shows; `--help-all` shows every one."""
 
+DRY_RUN = "--dry-run"
+
 _DESCRIPTION = """Train a model adversarially by a recipe, and evaluate it.
 
 A recipe is a YAML file, or the name of one that comes with the package (`timm-fsr recipes` lists them). Each of its
 keys is a flag too, which wins over the file. The same command with --resume=true goes on with a run that was
 stopped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the command line asks for.
+
+    Attributes:
+        recipe: to train by.
+        dry_run: only say what that would take.
+    """
+
+    recipe: Recipe
+    dry_run: bool
 
 
 class TrainParser(CommandParser):
@@ -77,11 +92,16 @@ class TrainParser(CommandParser):
             metavar="RECIPE",
             help="a YAML file or a name; of several, a later one wins, key by key (default: none)",
         )
+        general.add_argument(
+            DRY_RUN,
+            action="store_true",
+            help="build everything, time some steps, print what the run would take and write, and write nothing",
+        )
         general.add_argument("--import", metavar="FILE", help=IMPORT_HELP)
         self._add_keys(Recipe, "", general, full)
 
-    def read(self, arguments: Sequence[str]) -> Recipe:
-        """The recipe. Prints help and exits where that is asked for, or where nothing is given.
+    def read(self, arguments: Sequence[str]) -> Asked:
+        """What is asked for. Prints help and exits where that is asked for, or where nothing is given.
 
         Raises:
             FileNotFoundError, ValueError: see `timm_fsr.training.recipe.Recipe.load`.
@@ -92,7 +112,8 @@ class TrainParser(CommandParser):
         if not arguments or {"-h", "--help"} & set(arguments):
             self.print_help(sys.stdout)
             self.exit(0 if arguments else 2)
-        return parse_arguments(arguments)
+        others = [argument for argument in arguments if argument != DRY_RUN]
+        return Asked(parse_arguments(others), dry_run=len(others) < len(arguments))
 
     def _add_keys(self, options: type, prefix: str, group: Any, full: bool) -> None:
         """Add the fields of a dataclass, and a group of flags for each that is a dataclass itself."""

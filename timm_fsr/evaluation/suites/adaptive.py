@@ -18,7 +18,7 @@ from timm_fsr.attacks.autoattack import Component, implementation
 from timm_fsr.attacks.base import LossFunction, anchored, input_gradient
 from timm_fsr.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
 from timm_fsr.evaluation.model_checks import ModelCheck
-from timm_fsr.evaluation.registry import Stage, StageFunction, Suite, Target, register_suite
+from timm_fsr.evaluation.registry import Cost, Stage, StageFunction, Suite, Target, register_suite
 from timm_fsr.hooks.placement import find_places
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.hooks.surrogates import feature_layers, list_surrogates, noisy, plain, surrogate
@@ -35,6 +35,8 @@ _DRAWS = 10  # passes over which the attack averages the noise
 _FLIP_WEIGHT = 10.0
 _TARGETS = 9
 _RESTARTS = 1  # of the targeted runs
+_QUERIES = 5000  # of Square
+_COST = Cost(STEPS + 1, STEPS + 1)  # of one Auto-PGD, with the model's judgement of every point
 
 SteerFunction = Callable[[nn.Module, Tensor, Tensor], LossFunction]
 
@@ -71,27 +73,30 @@ def adaptive_stages(
         f"apgd-{loss.__name__}": lambda m, _, y: lambda x: loss(m(x), y),
     }
     stages = [
-        Stage(name, f"{attack!r} on the loss {name.removeprefix('apgd-')}", partial(_steered, attack, steer))
+        _stage(name, f"{attack!r} on the loss {name.removeprefix('apgd-')}", partial(_steered, attack, steer))
         for name, steer in direct.items()
     ]
     stages.append(_targeted_stage(attack, classes))
     follow = direct[f"apgd-{loss.__name__}"]
     for name in list_surrogates(model):
         stages.append(
-            Stage(name, f"{attack!r} by the gradient of the surrogate {name!r}", _through(name, attack, follow))
+            _stage(name, f"{attack!r} by the gradient of the surrogate {name!r}", _through(name, attack, follow))
         )
     stages += _layer_stages(model, attack, loss, model_check)
     if model_check.random or feature_layers(model):
-        stages.append(Stage("eot", f"{attack!r} by the mean gradient of {_DRAWS} noisy passes", _noisy(attack, follow)))
+        detail = f"{attack!r} by the mean gradient of {_DRAWS} noisy passes"
+        cost = Cost(_DRAWS * _COST.gradients, _COST.forwards)
+        stages.append(Stage("eot", detail, _noisy(attack, follow), cost=cost))
     if paths := _paths(model):
         steer = partial(_to_features, paths)
         stages.append(
-            Stage("latent", f"{attack!r} towards the features of another class", partial(_steered, attack, steer))
+            _stage("latent", f"{attack!r} towards the features of another class", partial(_steered, attack, steer))
         )
     for name, source in (sources or {}).items():
         stages.append(transfer_stage(name, source, attack, loss))
     square = Component("square", norm, eps, seed)
-    stages.append(Stage("square", repr(square), lambda m, x, y, _: square(m, x, y, classes), reuse=True))
+    run = lambda m, x, y, _: square(m, x, y, classes)  # noqa: E731
+    stages.append(Stage("square", repr(square), run, reuse=True, cost=Cost(0, _QUERIES)))
     return tuple(stages)
 
 
@@ -111,7 +116,7 @@ def transfer_stage(
     detail = (
         f"{attack!r} by the gradient of {name} (digest {model_digest(source)[:8]})"  # other weights: other outcomes
     )
-    return Stage(f"transfer from {name}", detail, partial(_steered, attack, steer))
+    return _stage(f"transfer from {name}", detail, partial(_steered, attack, steer))
 
 
 def _check_adaptive(norm: str, eps: float) -> None:
@@ -139,6 +144,11 @@ def _transfer(target: Target) -> Sequence[Suite]:
     attack = APGD(norm=target.norm, eps=target.eps)
     stages = [transfer_stage(name, source, attack) for name, source in target.sources.items()]
     return [Suite(stage.name, (stage,), every_image=True) for stage in stages]
+
+
+def _stage(name: str, detail: str, run: StageFunction) -> Stage:
+    """A stage of one Auto-PGD, whose every point the model itself judges."""
+    return Stage(name, detail, run, cost=_COST)
 
 
 def _steered(
@@ -183,7 +193,9 @@ def _targeted_stage(attack: APGD, classes: int) -> Stage:
         return best
 
     detail = f"{attack!r} towards each of {count} wrong class(es), then {_RESTARTS} time(s) from the best point so far"
-    return Stage("apgd-targeted", detail, run)
+    rounds = 1 + _RESTARTS
+    cost = Cost(rounds * count * _COST.gradients, rounds * (count * (_COST.forwards + 1) + 1))
+    return Stage("apgd-targeted", detail, run, cost=cost)
 
 
 @torch.no_grad()
@@ -218,10 +230,12 @@ def _layer_stages(
     stages = []
     for weight in JOINT_WEIGHTS if model_check.auxiliary else ():
         detail = f"{attack!r} on the main loss and {weight:g} times the auxiliary losses"
-        stages.append(Stage(f"joint {weight:g}", detail, partial(_steered, attack, partial(_joint, loss, weight))))
+        run = partial(_steered, attack, partial(_joint, loss, weight))
+        stages.append(_stage(f"joint {weight:g}", detail, run))
     if any("straight_through" in layer.surrogates for layer in feature_layers(model)):
         detail = f"{attack!r} on the main loss and {_FLIP_WEIGHT:g} times the mask's flips, straight-through"
-        stages.append(Stage("mask forcing", detail, _through("straight_through", attack, partial(_flip_masks, loss))))
+        flipping = _through("straight_through", attack, partial(_flip_masks, loss))
+        stages.append(_stage("mask forcing", detail, flipping))
     return stages
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from timm_fsr.attacks.autoattack import AUTOATTACK_NORMS, COMPONENTS, VERSIONS, Component, nonstandard, usable
-from timm_fsr.evaluation.registry import Stage, Suite, Target, register_suite
+from timm_fsr.evaluation.registry import Cost, Stage, Suite, Target, register_suite
 
 AUTOATTACK_SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
     "autoattack": ("standard", VERSIONS["standard"]),
@@ -22,6 +22,10 @@ _ABOUT = {
     "plus": "AutoAttack's longer version.",
     "rand": "AutoAttack's version for models that are random at test time.",
 }
+
+
+_STEPS, _TARGETS, _QUERIES = 100, 9, 5000
+_SEARCH = 4  # passes of FAB after its steps
 
 
 def _register(name: str, version: str, components: tuple[str, ...]) -> None:
@@ -43,7 +47,25 @@ def _register(name: str, version: str, components: tuple[str, ...]) -> None:
 
 
 def _stage(component: Component, classes: int) -> Stage:
-    return Stage(component.name, repr(component), lambda m, x, y, _: component(m, x, y, classes))
+    cost = _cost(component, classes)
+    return Stage(component.name, repr(component), lambda m, x, y, _: component(m, x, y, classes), cost=cost)
+
+
+def _cost(component: Component, classes: int) -> Cost:
+    """By the steps, targets and restarts of each version, as the reference sets them (`_set_version`)."""
+    name, several = component.name, component.version == "plus" or component.norm == "l1"
+    if name == "square":
+        return Cost(0, _QUERIES)
+    if name == "apgd-t":
+        return Cost(min(5 if component.norm == "l1" else _TARGETS, classes - 1) * (_STEPS + 1), 2)
+    if name == "fab-t":
+        targets = min(_TARGETS, classes - 1)
+        return Cost(targets * _STEPS, targets * (_STEPS + _SEARCH))
+    if name == "fab":  # by the gradients of all classes' logits
+        restarts = 5 if several else 1
+        return Cost(restarts * _STEPS * classes, restarts * (_STEPS + _SEARCH))
+    draws = 20 if component.version == "rand" else 1
+    return Cost((5 if several else 1) * (_STEPS + 1) * draws, 1)
 
 
 for _name, (_version, _components) in AUTOATTACK_SUITES.items():
