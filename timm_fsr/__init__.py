@@ -12,6 +12,7 @@ import timm_fsr.utils.openmp  # noqa: F401  (first: torch reads what it sets whe
 # isort: split
 from timm_fsr.attacks.apgd import APGD
 from timm_fsr.attacks.base import attack_mode, register_attack
+from timm_fsr.attacks.minimum_norm import DDN, FMN
 from timm_fsr.attacks.pgd import FGSM, NFGSM, PGD
 from timm_fsr.hooks.attach import attach, detach, reattach
 from timm_fsr.hooks.tape import record
@@ -68,7 +69,9 @@ __all__ = [
     "AFD",
     "APGD",
     "AT",
+    "DDN",
     "FGSM",
+    "FMN",
     "FSR",
     "MART",
     "NFGSM",
