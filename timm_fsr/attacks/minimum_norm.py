@@ -49,8 +49,8 @@ class FMN(OnModels):
     """Fast minimum-norm attack (Pintor et al., 2021, arXiv 2102.12827, algorithm 1).
 
     Follows the gradient of the margin within a ball that is fitted while it runs. Until the image is misclassified
-    once, its radius is a linear estimate of the distance, or, unlike the paper's, `gamma` more than in the step before if
-    that is larger. Then it shrinks after each success and grows after each failure.
+    once, its radius is a linear estimate of the distance, or `gamma` more than in the step before if that is larger
+    (the paper has the estimate alone). Then it shrinks after each success and grows after each failure.
 
     The loss has to be a margin, which is zero at the boundary: another one would mislead that estimate. The attack has
     no radius of its own, so nothing is trained with it; evaluations know it as "fmn100".
@@ -110,7 +110,7 @@ class FMN(OnModels):
             closest.update(delta, fooled, gradient)
             # Algorithm 1, lines 5 to 11: the radius that the next step is projected to.
             estimate = _norms(delta, self.norm) + loss.abs() / _flat_norms(gradient, _DUALS[self.norm]).clamp_min(_TINY)
-            # The estimate knows nothing of [0, 1]: where many pixels stop at its ends, that ball stays too small for ever.
+            # The estimate knows nothing of [0, 1]: where many pixels stop at its ends, its ball stays too small.
             larger = torch.where(eps.isinf(), 0, eps * (1 + gamma))
             outside = torch.where(closest.found, larger, torch.maximum(estimate, larger))
             eps = torch.where(fooled, torch.minimum(eps * (1 - gamma), closest.distances), outside)
