@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from timm_fsr.evaluation.corruptions import corrupt
     from timm_fsr.evaluation.evaluator import evaluate
     from timm_fsr.evaluation.gradient_masking import gather_evidence
+    from timm_fsr.evaluation.prediction import predict
     from timm_fsr.evaluation.registry import Stage, Suite, register_suite
     from timm_fsr.evaluation.saved_images import rescore
     from timm_fsr.hub.publish import push_to_hub
@@ -56,6 +57,7 @@ _LATER = {
     "gather_evidence": "evaluation.gradient_masking",
     "load_data": "data.dataset",
     "model_info": "hub.robustbench",
+    "predict": "evaluation.prediction",
     "push_to_hub": "hub.publish",
     "register_alias": "hub.robustbench",
     "register_suite": "evaluation.registry",
@@ -102,6 +104,7 @@ __all__ = [
     "list_pretrained",
     "load_data",
     "model_info",
+    "predict",
     "push_to_hub",
     "reattach",
     "record",
