@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
 from timm_fsr.cli.extensions import IMPORT_HELP
 from timm_fsr.cli.help import HelpFormatter
+from timm_fsr.cli.model_flags import add_device_flag, add_model_flags, default_device, load_model
 from timm_fsr.cli.threat import EPS, NORM, check_data, fill_data, fill_threat
 from timm_fsr.data.dataset import ImageData, load_data
 from timm_fsr.data.sources import CLASS_ORDERS, EMBEDDED, is_image_folder, other_class_order
@@ -55,12 +55,12 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     _check_options(options)
     accelerator = join_processes()
     console.quiet = accelerator is not None and not accelerator.is_main_process
-    device = _default_device() if options.device is None else options.device
+    device = default_device() if options.device is None else options.device
     if accelerator is not None:
         if options.device is not None:
             raise ValueError("--device is for one process; `accelerate launch` gives each its own: leave it out")
         device = accelerator.device
-    model = _load_model(options, device)
+    model = load_model(options, device)
     own = None if options.checkpoint else training_report(options.model, model)
     recipe = None if own is None else training_recipe(options.model, own)
     for line in (*fill_threat(options, own), *fill_data(options, own, recipe)):
@@ -115,18 +115,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         description=_EVALUATE.format(attacks=attacks),
         formatter_class=HelpFormatter,
     )
-    parser.add_argument(
-        "model", help="a folder such as train's OUTPUT/best, or the timm name of a model with weights (hf-hub:)"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        help="file of weights (.safetensors or .pth) for a model given by its timm name (default: the model's own)",
-    )
-    parser.add_argument(
-        "--num-classes",
-        type=int,
-        help="classes of a model whose weights come from --checkpoint (default: the architecture's)",
-    )
+    add_model_flags(parser)
     data = parser.add_argument_group("data")
     kinds = "a folder (images, Parquet, IDX), a file (Parquet, npz) or a Hub id"
     data.add_argument(
@@ -199,14 +188,14 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         help="images for common corruptions (15 kinds, 5 severities)",
     )
     parser.add_argument("--import", metavar="FILE_OR_MODULE", help=IMPORT_HELP)
-    parser.add_argument("--device", type=_device, help=f"cpu, cuda, ... (default {_default_device()})")
+    add_device_flag(parser)
     return parser
 
 
 def _check_attacked(options: argparse.Namespace) -> None:
     """Refuse what --attacked, which attacks nothing and writes nothing, has no use for."""
     parser = _evaluate_parser()
-    used = ("model", "checkpoint", "num_classes", "attacked", "device", "classes")
+    used = ("model", "checkpoint", "num_classes", "model_args", "attacked", "device", "classes")
     for name, value in vars(options).items():
         if name not in used and value != parser.get_default(name):
             raise ValueError(
@@ -245,17 +234,6 @@ def _check_threat(options: argparse.Namespace) -> None:
     """Refuse attacks that the norm and eps in use do not have."""
     check_names(options.attacks, options.norm, options.eps, sources=bool(options.transfer_from))
     check_extras(options.norm, evidence_images=options.evidence, corruption_images=options.corruptions)
-
-
-def _load_model(options: argparse.Namespace, device: torch.device) -> nn.Module:
-    if options.checkpoint is None:
-        if options.num_classes is not None:
-            raise ValueError("--num-classes belongs to --checkpoint; other weights bring their own number of classes")
-        return load(options.model, pretrained=True).to(device)
-    classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
-    if not Path(options.checkpoint).is_file():
-        raise FileNotFoundError(f"there is no file {options.checkpoint}; check the path given with --checkpoint")
-    return load(options.model, pretrained=False, checkpoint_path=options.checkpoint, **classes).to(device)
 
 
 def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: bool) -> ImageData:
@@ -328,7 +306,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _rescore(options: argparse.Namespace, console: Console) -> None:
-    model = _load_model(options, options.device or _default_device())
+    model = load_model(options, options.device or default_device())
     classes = None if options.classes is None else read_classes(options.classes)
     outcomes = rescore(model, options.attacked, classes=classes)
     for note in dict.fromkeys(note for outcome in outcomes.values() for note in outcome.notes):
@@ -349,17 +327,6 @@ def _print_report(report: Report, options: argparse.Namespace, console: Console,
     console.print(f"{options.model} on {report.conditions['data']}: {report.summary()}", markup=False)
     if options.output:
         console.print(f"results in {options.output}: {REPORT}, {PAGE}", markup=False)
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; use cpu") from error
 
 
 def _number(text: str) -> float:

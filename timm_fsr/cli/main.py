@@ -12,6 +12,7 @@ from timm_fsr.cli.demo import demo_command
 from timm_fsr.cli.evaluate import evaluate_command
 from timm_fsr.cli.extensions import import_given
 from timm_fsr.cli.hub import card_command, convert_command, models_command, push_command
+from timm_fsr.cli.predict import predict_command
 from timm_fsr.cli.runs import report_command
 from timm_fsr.cli.train import train_command
 from timm_fsr.training.step import InterruptedRunError
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train_command, "train a model adversarially by a recipe"),
     "evaluate": (evaluate_command, "attack a model: robust accuracy, and the evidence for it"),
+    "predict": (predict_command, "ask a model about images: classes, masks, smallest eps that flips them"),
     "report": (report_command, "one page from the reports of one model, or of several side by side"),
     "models": (models_command, "list the robust checkpoints that timm knows by name"),
     "card": (card_command, "write the model card of a saved model"),

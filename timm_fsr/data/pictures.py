@@ -104,7 +104,7 @@ def to_mode(picture: Image.Image, channels: int) -> Image.Image:
     if picture.mode.startswith(("I", "F")):
         picture = _in_8_bits(picture)
     if picture.mode in _TRANSPARENT or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
+        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
     mode = "L" if channels == 1 else "RGB"

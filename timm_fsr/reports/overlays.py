@@ -60,5 +60,5 @@ def _figure(title: str, image: Tensor, masks: Mapping[str, Tensor]) -> Figure:
         bar.ax.set_yticklabels([f"{value:.2f}" for value in (low, (low + high) / 2, high)])
         bar.outline.set_visible(False)
     figure.suptitle(title, fontsize=10)
-    figure.supxlabel("mask, mean over channels: bright is kept as robust, dark is sorted out as non-robust", fontsize=8)
+    figure.supxlabel("masks are means over channels: bright is high (in FSR: robust), dark is low", fontsize=8)
     return figure
