@@ -61,8 +61,8 @@ def smallest_flips(
     """Look for the nearest image to each of `images` that `model` answers otherwise than the image itself.
 
     FMN (in L2 also DDN) finds a first one. Auto-PGD on the margin then tries smaller balls: 10 % smaller at first, more
-    after a success and less after a failure, until it fails at 2 to 3 %. In a model with feature layers it does so
-    again by the gradient of each of the layers' surrogates, as adaptive attacks do. The model itself decides about
+    after a success and less after a failure, until it fails at 2.5 %. In a model with feature layers it goes on, from
+    2.5 %, by the gradient of each of the layers' surrogates, as adaptive attacks do. The model itself decides about
     every image.
 
     Args:
@@ -90,7 +90,7 @@ def smallest_flips(
             loss_fn = judged_loss(model, DDN.model_loss, search.labels)
             search.offer(DDN(steps=STEPS).nearest(loss_fn, images, generator=search.generator))
         for number, name in enumerate((None, *list_surrogates(model))):
-            search.tighten(name, _FIRST if number == 0 else _FIRST / 2, say)
+            search.tighten(name, _FIRST if number == 0 else _FIRST / 4, say)
     with torch.no_grad():
         after = model(search.best).argmax(dim=1)
     return Flips(search.best, search.eps, search.labels, after)

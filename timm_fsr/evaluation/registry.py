@@ -237,6 +237,7 @@ def build_attack(name: str, norm: str, eps: float) -> Attack:
 def list_attacks() -> list[str]:
     """Names that evaluations take, those of installed plug-ins among them; numbers in them are examples."""
     numbered = {"pgd": ("pgd20", "pgd100x5"), "apgd": ("apgd100",), "cw": ("cw30",)}
+    numbered |= {"fmn": ("fmn100",), "ddn": ("ddn100",)}
     names: list[str] = []
     for name in ATTACKS.names():
         if not getattr(ATTACKS[name], "only_trains", False):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANEL = 2.6  # inches
-_COLUMNS = 4
+_COLUMNS = 4  # at most
 _STRENGTH = 0.6  # of the mask over the image
 _COLOURS = "viridis"  # dark to bright, readable also in grey and with any colour vision
 
@@ -37,8 +37,8 @@ def draw_overlays(title: str, image: Tensor, masks: Mapping[str, Tensor], path: 
 
 def _figure(title: str, image: Tensor, masks: Mapping[str, Tensor]) -> Figure:
     count = 1 + len(masks)
-    columns = min(count, _COLUMNS)
-    rows = -(-count // columns)
+    rows = -(-count // _COLUMNS)
+    columns = -(-count // rows)
     height, width = image.shape[1:]
     panel = _PANEL * min(max(height / width, 0.5), 2.0)
     figure = new_figure(columns * (_PANEL + 0.55), rows * (panel + 0.35) + 0.75)
