@@ -17,12 +17,14 @@ from timm_fsr.version import __version__
 if TYPE_CHECKING:
     from timm_fsr.attacks.apgd import APGD
     from timm_fsr.attacks.base import attack_mode, register_attack
+    from timm_fsr.attacks.minimum_norm import DDN, FMN
     from timm_fsr.attacks.pgd import FGSM, NFGSM, PGD
     from timm_fsr.data.dataset import ImageData, load_data
     from timm_fsr.evaluation.benchmark import assess
     from timm_fsr.evaluation.corruptions import corrupt
     from timm_fsr.evaluation.evaluator import evaluate
     from timm_fsr.evaluation.gradient_masking import gather_evidence
+    from timm_fsr.evaluation.prediction import predict
     from timm_fsr.evaluation.registry import Stage, Suite, register_suite
     from timm_fsr.evaluation.saved_images import rescore
     from timm_fsr.hooks.attach import attach, detach, reattach
@@ -46,7 +48,9 @@ _LATER = {
     "AFD": "training.objectives",
     "APGD": "attacks.apgd",
     "AT": "training.objectives",
+    "DDN": "attacks.minimum_norm",
     "FGSM": "attacks.pgd",
+    "FMN": "attacks.minimum_norm",
     "FSR": "layers",
     "FeatureLayer": "layers",
     "ImageData": "data.dataset",
@@ -76,6 +80,7 @@ _LATER = {
     "list_pretrained": "models.pretrained",
     "load_data": "data.dataset",
     "model_info": "hub.robustbench",
+    "predict": "evaluation.prediction",
     "push_to_hub": "hub.publish",
     "reattach": "hooks.attach",
     "record": "hooks.tape",
@@ -96,7 +101,9 @@ __all__ = [
     "AFD",
     "APGD",
     "AT",
+    "DDN",
     "FGSM",
+    "FMN",
     "FSR",
     "MART",
     "NFGSM",
@@ -127,6 +134,7 @@ __all__ = [
     "list_pretrained",
     "load_data",
     "model_info",
+    "predict",
     "push_to_hub",
     "reattach",
     "record",

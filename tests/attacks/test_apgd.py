@@ -286,3 +286,29 @@ class TestStart:
         far = torch.ones_like(GREY)
         found = APGD(eps=0.1, steps=2)(lambda x: -x.mean(dim=(1, 2, 3)), GREY, start=far)
         assert float((found - GREY).abs().max()) <= 0.1 + 1e-6
+
+
+class TestRadii:
+    """Each image in a ball of its own."""
+
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_each_image_stays_in_its_own_ball_and_uses_it(self, norm):
+        given, radii = GREY.repeat(3, 1, 1, 1), torch.tensor([0.01, 0.02, 0.03, 0.04, 0.05, 0.06])
+        attacked = APGD(norm=norm, steps=10)(Slope(), given, radii=radii)
+        size = (attacked - given).flatten(1).norm(p={"linf": torch.inf, "l2": 2}[norm], dim=1)
+        torch.testing.assert_close(size, radii, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_equal_radii_are_eps(self, trained, batch, norm):
+        images, labels = (given[:20] for given in batch)
+        loss_fn, attack = judged_loss(trained, margin, labels), APGD(norm=norm, eps=EPS[norm], steps=10)
+        found = [
+            one(loss_fn, images, generator=torch.Generator().manual_seed(0), radii=radii)
+            for one, radii in ((attack, None), (attack.with_eps(0.01), torch.full((20,), EPS[norm])))
+        ]
+        torch.testing.assert_close(*found)
+
+    def test_others_are_refused(self):
+        for radii in (torch.zeros(2), torch.ones(3)):
+            with pytest.raises(ValueError, match="one positive radius for each image"):
+                APGD()(Slope(), GREY, radii=radii)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from timm_fsr.attacks.base import Judged, Kept, LossFunction, loss_of, register_attack
+from timm_fsr.attacks.base import Judged, Kept, LossFunction, OnModels, loss_of, register_attack
 from timm_fsr.attacks.pgd import PGD
 from timm_fsr.utils.errors import check_images
 
@@ -21,7 +21,7 @@ _FIRST, _SHRINK, _SHORTEST = 0.22, 0.03, 0.06  # lengths of the intervals betwee
 
 @register_attack
 @dataclass(frozen=True, kw_only=True)
-class APGD:
+class APGD(OnModels):
     """Auto-PGD, algorithm 1 of the paper: with momentum, and a step that is halved when it has stopped helping.
 
     Attributes:
@@ -59,6 +59,7 @@ class APGD:
         generator: torch.Generator | None = None,
         judge: Judge | None = None,
         start: Tensor | None = None,
+        radii: Tensor | None = None,
     ) -> Tensor:
         """Attack `images`.
 
@@ -71,6 +72,7 @@ class APGD:
                 when steps are halved, and `loss_fn` only gives directions: for attacks that follow a surrogate.
             start: where the first run begins, (N, C, H, W), such as the best point of another attack; it is clipped to
                 the ball. A random point of the ball's edge when left out.
+            radii: (N,) positive; the radius of each image's own ball, in place of `eps`.
 
         Returns:
             Adversarial images, detached, in [0, 1] and within eps of `images`: of each the iterate of highest value,
@@ -82,11 +84,14 @@ class APGD:
         """
         check_images(images)
         images = images.detach()
-        if self.eps == 0:
+        if radii is None and self.eps == 0:
             return images.clone()
-        kept = self._run(loss_fn, judge, images, generator, start)
+        if radii is not None and (radii.shape != images.shape[:1] or not bool((radii > 0).all())):
+            raise ValueError(f"radii have shape {tuple(radii.shape)}; give one positive radius for each image (N,)")
+        own = None if radii is None else radii.to(images).view(-1, 1, 1, 1)
+        kept = self._run(loss_fn, judge, images, generator, own, start)
         for _ in range(self.restarts - 1):
-            other = self._run(loss_fn, judge, images, generator)
+            other = self._run(loss_fn, judge, images, generator, own)
             kept.update(other.attacked, other.found)
             kept.broken |= other.broken
         return kept.result()
@@ -97,25 +102,26 @@ class APGD:
         judge: Judge | None,
         images: Tensor,
         generator: torch.Generator | None,
+        radii: Tensor | None,
         start: Tensor | None = None,
     ) -> Kept:
         """The iterate to keep of each image."""
         ball = self._ball()
         if start is None:
-            point = before = (images + self._start(images, generator)).clamp_(0, 1)
+            point = before = (images + self._start(images, generator, radii)).clamp_(0, 1)
         else:
-            point = before = ball.project(start.detach().clone(), images)
+            point = before = ball.project(start.detach().clone(), images, radii)
         found, gradient = _judged_gradient(loss_fn, judge, point)
         value, ties = found.loss, judge is not None
         best, kept = _Best(point, value, gradient, ties=ties), Kept(point, found, ties=ties)
-        step_size = images.new_full((len(images), 1, 1, 1), 2 * self.eps)
+        step_size = images.new_full((len(images), 1, 1, 1), 2 * self.eps) if radii is None else 2 * radii
         interval = max(int(_FIRST * self.steps), 1)
         since, rises = 0, torch.zeros_like(value)
         value_at_check, halved = value.clone(), torch.ones_like(value, dtype=torch.bool)
         for step in range(self.steps):
-            ahead = ball.project(point + step_size * ball.direction(gradient), images)
+            ahead = ball.project(point + step_size * ball.direction(gradient), images, radii)
             pull = _MOMENTUM if step else 1.0
-            moved = ball.project(point + pull * (ahead - point) + (1 - pull) * (point - before), images)
+            moved = ball.project(point + pull * (ahead - point) + (1 - pull) * (point - before), images, radii)
             point, before = moved, point
             last, (found, gradient) = value, _judged_gradient(loss_fn, judge, point)
             value = found.loss
@@ -135,15 +141,16 @@ class APGD:
             interval = max(interval - max(int(_SHRINK * self.steps), 1), max(int(_SHORTEST * self.steps), 1))
         return kept
 
-    def _start(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _start(self, images: Tensor, generator: torch.Generator | None, radii: Tensor | None) -> Tensor:
         """A random point on the edge of the ball."""
+        eps: Any = self.eps if radii is None else radii
         if self.norm == "linf":
             noise = torch.empty_like(images).uniform_(-1, 1, generator=generator)
             size = noise.flatten(1).abs().amax(dim=1)
         else:
             noise = torch.empty_like(images).normal_(generator=generator)
             size = noise.flatten(1).norm(dim=1)
-        return self.eps * noise / size.clamp_min(torch.finfo(images.dtype).tiny).view(-1, 1, 1, 1)
+        return eps * noise / size.clamp_min(torch.finfo(images.dtype).tiny).view(-1, 1, 1, 1)
 
     def _ball(self) -> PGD:
         """PGD's checks, projection and direction of ascent."""

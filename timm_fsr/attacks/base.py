@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from timm_fsr.attacks.losses import cross_entropy
+from timm_fsr.utils.errors import check_images
 from timm_fsr.utils.overrides import overridden
 from timm_fsr.utils.registry import RegistrationError, Registry
 
@@ -29,6 +31,9 @@ class Judged(NamedTuple):
 
 
 LossFunction = Callable[[Tensor], Tensor | Judged]
+ImageLoss = Callable[[Tensor, Tensor], Tensor]
+"""A loss (N,) of logits (N, classes) and labels (N,)."""
+
 NORMS = ("linf", "l2")
 
 
@@ -94,6 +99,54 @@ class Attack(Protocol):
         """The same attack in another ball."""
 
 
+class OnModels:
+    """What lets an attack be called on a model, as other libraries do; `register_attack` gives it to each attack."""
+
+    @staticmethod
+    def model_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        """What `attack` maximises, (N,), of logits (N, classes) and labels (N,)."""
+        return cross_entropy(logits, labels)
+
+    def attack(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Attack `images` by the loss of `model`, which is in eval mode meanwhile and is left as it was.
+
+        Args:
+            model: from images in [0, 1] to logits (N, classes), such as `timm_fsr.PixelModel(model)`.
+            images: (N, C, H, W) in [0, 1]; moved to the model's device.
+            labels: (N,) true classes.
+            generator: of what is random in the attack, on the model's device; torch's default one when left out.
+
+        Returns:
+            Adversarial images of the same shape, on the model's device.
+
+        Raises:
+            ValueError: a timm model that expects normalised images, images out of [0, 1], or labels that do not fit.
+        """
+        _check_takes_pixels(model)
+        check_images(images, labels)
+        device = next((parameter.device for parameter in model.parameters()), images.device)
+        images, labels = images.to(device), labels.to(device)
+        run: Any = self
+        with attack_mode(model):
+            found: Tensor = run(judged_loss(model, type(self).model_loss, labels), images, generator=generator)
+        return found
+
+
+def _check_takes_pixels(model: nn.Module) -> None:
+    """Refuse a bare timm model that wants normalised images: a radius in pixels would mean something else there."""
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, Mapping):
+        return
+    mean, std = config.get("mean") or (0.0,), config.get("std") or (1.0,)
+    if any(value != 0 for value in mean) or any(value != 1 for value in std):
+        raise ValueError(
+            f"{type(model).__name__} expects images normalised by mean {tuple(mean)} and std {tuple(std)}, but attacks "
+            "work on pixels in [0, 1]; give timm_fsr.PixelModel(model), which normalises them inside"
+        )
+
+
 AttackClass = TypeVar("AttackClass", bound=type[Attack])
 
 ATTACKS: Registry[type[Attack]] = Registry("attack", package="timm_fsr.attacks", group="timm_fsr.attacks")
@@ -113,6 +166,9 @@ def register_attack(attack: AttackClass) -> AttackClass:
     problem = _attack_problem(attack)
     if problem:
         raise RegistrationError(f"the attack {attack.__qualname__} {problem}")
+    if not hasattr(attack, "attack"):
+        for name in ("attack", "model_loss"):
+            setattr(attack, name, OnModels.__dict__[name])
     ATTACKS.add(getattr(attack, "name", ""), attack)
     attack.__call__ = _with_two_arguments(attack.__call__)  # type: ignore[method-assign]
     return attack
@@ -126,8 +182,8 @@ def _with_two_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if len(args) > 2:
             raise ValueError(
                 f"an attack is called as attack(loss_fn, images), but {type(self).__name__} was given {len(args)} "
-                "arguments; the model and its labels belong into the loss: attack(lambda x: F.cross_entropy(model(x), "
-                "labels, reduction='none'), images)"
+                "arguments; for a model that takes pixels write attack.attack(model, images, labels), or put model and "
+                "labels into the loss: attack(lambda x: F.cross_entropy(model(x), labels, reduction='none'), images)"
             )
         return call(self, *args, **kwargs)
 
@@ -216,9 +272,7 @@ def anchored(loss_fn: LossFunction) -> LossFunction:
     return loss
 
 
-def judged_loss(
-    model: Callable[[Tensor], Tensor], loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor
-) -> LossFunction:
+def judged_loss(model: Callable[[Tensor], Tensor], loss: ImageLoss, labels: Tensor) -> LossFunction:
     """What an attack on `model` maximises: `loss` of logits (N, classes) and labels (N,), judged and anchored."""
 
     def judged(images: Tensor) -> Judged:

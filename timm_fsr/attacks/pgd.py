@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from timm_fsr.attacks.base import (
     Judged,
     Kept,
     LossFunction,
+    OnModels,
     ascent_direction,
     check_eps,
     in_proportion,
@@ -27,7 +28,7 @@ from timm_fsr.utils.errors import check_images
 
 @register_attack
 @dataclass(frozen=True, kw_only=True)
-class PGD:
+class PGD(OnModels):
     """Projected gradient descent (Madry et al., 2018, arXiv 1706.06083): ascends the loss, projects, repeats.
 
     Attributes:
@@ -120,13 +121,17 @@ class PGD:
         """The unit step that raises the loss most: the sign in Linf, the normalised gradient in L2."""
         return ascent_direction(gradient, self.norm)
 
-    def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """The nearest point of the ball around `images`, then of [0, 1]; overwrites `adversarial`."""
+    def project(self, adversarial: Tensor, images: Tensor, radii: Tensor | None = None) -> Tensor:
+        """The nearest point of the ball around `images`, then of [0, 1]; overwrites `adversarial`.
+
+        `radii` (N, 1, 1, 1) gives each image a ball of its own.
+        """
+        eps: Any = self.eps if radii is None else radii
         if self.norm == "linf":
-            adversarial = torch.clamp(adversarial, images - self.eps, images + self.eps, out=adversarial)
+            adversarial = torch.clamp(adversarial, images - eps, images + eps, out=adversarial)
         else:
             delta = adversarial - images
-            adversarial = images + delta * (self.eps / l2_norms(delta).clamp_min(self.eps))
+            adversarial = images + delta * (eps / l2_norms(delta).clamp_min(eps))
         return adversarial.clamp_(0, 1)
 
     @torch.no_grad()
@@ -143,7 +148,7 @@ class PGD:
 
 @register_attack
 @dataclass(frozen=True, kw_only=True)
-class FGSM:
+class FGSM(OnModels):
     """Fast gradient sign method (Goodfellow et al., 2015, arXiv 1412.6572): one step of eps, no random start.
 
     Attributes:
@@ -176,7 +181,7 @@ class FGSM:
 
 @register_attack
 @dataclass(frozen=True, kw_only=True)
-class FGSMRS:
+class FGSMRS(OnModels):
     """FGSM with a random start (Wong et al., 2020, arXiv 2001.03994): uniform in the ball, one long step, clipped.
 
     Attributes:
@@ -211,7 +216,7 @@ class FGSMRS:
 
 @register_attack
 @dataclass(frozen=True, kw_only=True)
-class NFGSM:
+class NFGSM(OnModels):
     """N-FGSM (de Jorge et al., 2022, arXiv 2202.01181): one step from an image with much noise, unclipped.
 
     For training only. The result lies in [0, 1] but up to `noise * eps + step_size` from the image: not clipping it

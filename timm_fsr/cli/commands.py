@@ -31,6 +31,7 @@ _TRAIN, _MODELS, _SHELL = "train and judge", "recipes and models", "shell"
 COMMANDS = {
     "train": Command(_TRAIN, "train", "train a model adversarially by a recipe"),
     "evaluate": Command(_TRAIN, "evaluate", "attack a model: robust accuracy, and the evidence for it"),
+    "predict": Command(_TRAIN, "predict", "ask a model about images: classes, masks, smallest eps"),
     "report": Command(_TRAIN, "report", "one page from the reports of one or several models"),
     "demo": Command(_TRAIN, "demo", "train with and without FSR on embedded images, and compare"),
     "recipes": Command(_MODELS, "recipes", "list the recipes, print one or copy it"),

@@ -8,11 +8,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from rich.console import Console
 from torch import nn
 
+from timm_fsr.cli.loading import default_device, given_device, load_model
 from timm_fsr.cli.parsers.evaluate import EPS, NORM, evaluate_parser
 from timm_fsr.cli.threat import check_data, fill_data, fill_threat
 from timm_fsr.data.dataset import ImageData, load_data
@@ -44,7 +43,7 @@ from timm_fsr.utils.progress import bar
 def evaluate_command(options: argparse.Namespace) -> None:
     """`timm-fsr evaluate MODEL`: attack a model, print the outcome, and write it to a folder if one is given."""
     if options.device is not None:
-        options.device = _device(options.device)
+        options.device = given_device(options.device)
     console = Console(highlight=False, soft_wrap=True)
     if options.attacked:
         _check_attacked(options)
@@ -53,12 +52,12 @@ def evaluate_command(options: argparse.Namespace) -> None:
     _check_options(options)
     accelerator = join_processes()
     console.quiet = accelerator is not None and not accelerator.is_main_process
-    device = _default_device() if options.device is None else options.device
+    device = default_device() if options.device is None else options.device
     if accelerator is not None:
         if options.device is not None:
             raise ValueError("--device is for one process; `accelerate launch` gives each its own: leave it out")
         device = accelerator.device
-    model = _load_model(options, device)
+    model = load_model(options, device)
     own = None if options.checkpoint else training_report(options.model, model)
     recipe = None if own is None else training_recipe(options.model, own)
     for line in (*fill_threat(options, own), *fill_data(options, own, recipe)):
@@ -198,40 +197,6 @@ def _check_threat(options: argparse.Namespace) -> None:
     check_extras(options.norm, evidence_images=options.evidence, corruption_images=options.corruptions)
 
 
-def _load_model(options: argparse.Namespace, device: torch.device) -> nn.Module:
-    if options.checkpoint is None:
-        if options.num_classes is not None:
-            raise ValueError("--num-classes belongs to --checkpoint; other weights bring their own number of classes")
-        if options.model_args:
-            raise ValueError("--model-args belongs to --checkpoint; other weights bring their own arguments")
-        return load(options.model, pretrained=True).to(device)
-    arguments = _model_args(options.model_args)
-    if options.num_classes is not None:
-        arguments["num_classes"] = options.num_classes
-    if not Path(options.checkpoint).is_file():
-        raise FileNotFoundError(f"there is no file {options.checkpoint}; check the path given with --checkpoint")
-    return load(options.model, pretrained=False, checkpoint_path=options.checkpoint, **arguments).to(device)
-
-
-def _model_args(given: Sequence[str]) -> dict[str, Any]:
-    """The keyword arguments of `timm.create_model` that KEY=VALUE texts name, with values as YAML reads them."""
-    arguments: dict[str, Any] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not (equals and key.isidentifier()) or key in ("pretrained", "checkpoint_path", "num_classes"):
-            raise ValueError(
-                f"--model-args takes KEY=VALUE such as fsr_hidden=16, not {text!r}; classes are --num-classes, weights "
-                "--checkpoint"
-            )
-        try:
-            arguments[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(
-                f"--model-args {text}: the value cannot be read ({' '.join(str(error).split())})"
-            ) from error
-    return arguments
-
-
 def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: bool) -> ImageData:
     """The images as the model was trained on them, as far as the flags do not say otherwise."""
     size, channels = options.size, options.channels
@@ -302,7 +267,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _rescore(options: argparse.Namespace, console: Console) -> None:
-    model = _load_model(options, options.device or _default_device())
+    model = load_model(options, options.device or default_device())
     classes = None if options.classes is None else read_classes(options.classes)
     outcomes = rescore(model, options.attacked, classes=classes)
     for note in dict.fromkeys(note for outcome in outcomes.values() for note in outcome.notes):
@@ -323,18 +288,3 @@ def _print_report(report: Report, options: argparse.Namespace, console: Console,
     console.print(f"{options.model} on {report.conditions['data']}: {report.summary()}", markup=False)
     if options.output:
         console.print(f"results in {options.output}: {REPORT}, {PAGE}", markup=False)
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _device(text: str) -> torch.device:
-    if text.split(":")[0] == "meta":
-        raise argparse.ArgumentTypeError(
-            "'meta' keeps shapes and no numbers, so that nothing can be evaluated; use cpu"
-        )
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={text} is no device of this machine; use cpu") from error

@@ -10,7 +10,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Short names for one or more suites."""
 
-_EXAMPLES = {"pgd": ("pgd20", "pgd100x5"), "apgd": ("apgd100",), "cw": ("cw30",)}
+_EXAMPLES = {
+    "pgd": ("pgd20", "pgd100x5"),
+    "apgd": ("apgd100",),
+    "cw": ("cw30",),
+    "fmn": ("fmn100",),
+    "ddn": ("ddn100",),
+}
 
 
 def spelled(attacks: Mapping[str, bool], suites: Mapping[str, bool]) -> list[str]:

@@ -10,14 +10,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.attacks.base import ATTACKS, NORMS, Attack, attack_fields, check_eps, judged_loss
+from timm_fsr.attacks.base import ATTACKS, NORMS, Attack, ImageLoss, attack_fields, check_eps, judged_loss
 from timm_fsr.attacks.losses import cross_entropy
 from timm_fsr.evaluation.model_checks import ModelCheck
 from timm_fsr.evaluation.names import ALIASES, spelled
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.registry import RegistrationError, Registry
 
-ImageLoss = Callable[[Tensor, Tensor], Tensor]
 StageFunction = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 _NUMBERED = re.compile(r"(.*?[^0-9])([1-9]\d*)(?:x([1-9]\d*))?")

@@ -4,6 +4,8 @@ EMBEDDED = "fashion_mnist"
 CLASS_ORDERS = ("codepoint", "timm")
 CARD, REPORT, PAGE, RECIPE = "README.md", "report.json", "report.html", "recipe.yaml"
 BATCH_SIZE = 250
+PREDICT_BATCH_SIZE = 64
+PRECISIONS = ("fp32", "bf16", "fp16")
 CONVERTIBLE = (
     "resnet18_cifar",
     "wrn34_10_cifar",

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from timm_fsr.cli.help import CommandParser
 from timm_fsr.cli.names import attack_names
+from timm_fsr.cli.parsers.model_flags import add_device_flag, add_model_flags
 from timm_fsr.utils.defaults import BATCH_SIZE, CLASS_ORDERS, EMBEDDED, PAGE, REPORT
 
 NORM, EPS, SPLIT = "linf", 8 / 255, "test"
@@ -52,26 +53,7 @@ def evaluate_parser() -> CommandParser:
             "evaluate hf-hub:user/name --data FOLDER --eps 8/255 --limit 1000",
         ),
     )
-    parser.add_argument(
-        "model", help="a folder such as train's OUTPUT/best, or the timm name of a model with weights (hf-hub:)"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        help="file of weights (.safetensors or .pth) for a model given by its timm name (default: the model's own)",
-    )
-    parser.add_argument(
-        "--num-classes",
-        type=int,
-        help="classes of a model whose weights come from --checkpoint (default: the architecture's)",
-    )
-    parser.add_argument(
-        "--model-args",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="how a model whose weights come from --checkpoint is built, such as fsr_hidden=16 (default: as its "
-        "architecture is)",
-    )
+    add_model_flags(parser)
     data = parser.add_argument_group("data")
     kinds = "a folder (images, Parquet, IDX), a file (Parquet, npz) or a Hub id"
     data.add_argument(
@@ -148,7 +130,7 @@ def evaluate_parser() -> CommandParser:
         metavar="IMAGES",
         help="images for common corruptions (15 kinds, 5 severities)",
     )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
+    add_device_flag(parser)
     parser.add_import()
     return parser
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from timm_fsr.attacks.base import Attack
+from timm_fsr.attacks.base import Attack, ImageLoss
 from timm_fsr.attacks.losses import carlini_wagner, cross_entropy
 from timm_fsr.attacks.pgd import FGSM, PGD
-from timm_fsr.evaluation.registry import ImageLoss, Suite, Target, register_suite, single
+from timm_fsr.evaluation.registry import Suite, Target, register_suite, single
 
 NAMES = ("official-fgsm", "official-pgd20", "official-pgd100", "official-cw30")
 """Besides what is decorated: the names that are registered here, for help texts, which read this file as text."""
