@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import timm_fsr
-from timm_fsr.hub.bundle import read_bundle, without_paths
+from timm_fsr.hub.bundle import read_bundle
 from timm_fsr.reports.report import Report
 
 
@@ -30,8 +30,8 @@ from timm_fsr.reports.report import Report
     ],
 )
 def test_where_things_lay_is_nobodys_business(text, expected):
-    assert without_paths({"a": [text]}, {"/my data/sets/x": "x"}) == {"a": [expected]}
-    assert without_paths({text: 1}, {"/my data/sets/x": "x"}) == {expected: 1}, "names of stages have paths too"
+    assert without_traces({"a": [text]}, {"/my data/sets/x": "x"}) == {"a": [expected]}
+    assert without_traces({text: 1}, {"/my data/sets/x": "x"}) == {expected: 1}, "names of stages have paths too"
 
 
 RECIPE = {"seed": 5, "model": {"name": "resnet_tiny_cifar", "layer": "fsr"}, "data": {"source": "uoft-cs/cifar10"}}
