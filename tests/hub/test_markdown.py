@@ -1,4 +1,4 @@
-"""Whatever names and notes say, a card has the same headings, tables and code, and they are shown as they were written."""
+"""Whatever names and notes say, a card has the same headings, tables and code, and shows them as they were written."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_code_is_code(text):
     assert one_line(text) in words(f"a {code(text)} b")
 
 
-@pytest.mark.parametrize("text", ["resnet18_cifar_fsr.at", "AT(label_smoothing=0.0), 25 epochs", "-0.5", "3.5", "71.6 %"])
+@pytest.mark.parametrize(
+    "text", ["resnet18_cifar_fsr.at", "AT(label_smoothing=0.0), 25 epochs", "-0.5", "3.5", "71.6 %"]
+)
 def test_usual_names_stay_as_they_are(text):
     assert escape(text) == text
 
@@ -157,7 +159,7 @@ class TestCheck:
         found = bundle(saved, given)
         card = render_card(found, REPO)
         check_card(f"{card}\nMore *words* with [a link](https://a.org).\n", found, REPO)
-        with pytest.raises(ValueError, match=r"from the model's files, as Markdown in which it acts; make it again"):
+        with pytest.raises(ValueError, match=r"from the model's files, so that it acts as Markdown; make it"):
             check_card(f"{card}\nClasses: {given}\n", found, REPO)
 
     def test_a_name_of_a_repository_has_one_line(self, saved):

@@ -134,8 +134,8 @@ def _check_outside_text(text: str, generated: Sequence[str], bundle: Bundle) -> 
         raw = next((raw for raw in (given.strip(), one_line(given)) if is_active(raw) and _stands_in(raw, own)), None)
         if raw is not None:
             raise ValueError(
-                f"the card shows {one_line(raw)[:80]!r}, a name or note from the model's files, as Markdown in which it "
-                f"acts; {_AGAIN}"
+                f"the card shows {one_line(raw)[:80]!r}, a name or note from the model's files, so that it acts as "
+                f"Markdown; {_AGAIN}"
             )
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-# What renderers turn into a link without brackets (GitHub's "extended autolinks"). Escapes do not stop all of them, since
-# some look at the finished text; none looks into code.
-_AUTOLINK = re.compile(r"(?:[a-z][a-z0-9+.-]{1,30}://|www\.)[^\s`|<>]+|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+", re.IGNORECASE)
+# What renderers turn into a link without brackets (GitHub's "extended autolinks"). Escapes do not stop all of them,
+# since some look at the finished text; none looks into code.
+_AUTOLINK = re.compile(
+    r"(?:[a-z][a-z0-9+.-]{1,30}://|www\.)[^\s`|<>]+|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+", re.IGNORECASE
+)
 
-# By numbers where a backslash would not do: "\\(" and "$$" begin a formula on the Hub, and raw HTML is looked for first.
+# By numbers where a backslash would not do: "\\(" and "$$" begin a formula on the Hub, and some look for HTML first.
 _ENTITIES = {"\\": "&#92;", "$": "&#36;", "<": "&lt;", ">": "&gt;"}
 _SPECIAL = re.compile(r"[\\$<>]|[`*\[|~]|&(?=#?\w+;)|(?<![^\W_])_+|_+(?![^\W_])|(?<=\s)#(?=#*$)")
 _BLOCK = re.compile(r"^([#+-](?!\d)|\d{1,9}(?=[.)](?:\s|$)))")  # begins a heading, list or rule where a line begins
@@ -31,7 +33,7 @@ class Markup(str):
 
 
 def escape(value: Any) -> Markup:
-    """One line of Markdown that shows the text of a value and does nothing else, in a paragraph, heading, list or table.
+    """One line of Markdown that shows the text of a value and does nothing else, in text, headings, lists and tables.
 
     Addresses become code, since renderers make links of them.
     """
@@ -67,7 +69,7 @@ def without_code(line: str) -> str:
 
 
 def is_active(text: str) -> bool:
-    """Whether a text would be HTML, a link, a picture, a code fence or several lines if it stood in Markdown as it is."""
+    """Whether a text, as it is, would be HTML, a link, a picture, a code fence or several lines of Markdown."""
     return _ACTIVE.search(text.strip()) is not None
 
 

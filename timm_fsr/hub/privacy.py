@@ -48,8 +48,8 @@ _LOGIN = re.compile(r"(?<![\w/:@.%+-])(?!hf[-_]hub:)[\w.%+-]+:[^\s/:@]+@(?=(?:[\
 def without_traces(value: Any, known: Mapping[str, str] | None = None) -> Any:
     """The same JSON values without secrets, and with each path that says where something lay cut to its last part.
 
-    Paths are cut that begin at a root (of a drive or share too), at a home or above the folder, also in "local-dir:" and
-    "hf-hub:" names and in addresses of files. Of other addresses the login and what looks like a secret are removed.
+    Paths are cut that begin at a root (of a drive or share too), at a home or above the folder, also in "local-dir:"
+    and "hf-hub:" names and in addresses of files. Other addresses lose their login and what looks like a secret.
 
     Args:
         value: JSON values.

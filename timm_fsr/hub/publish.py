@@ -175,8 +175,8 @@ def _check_no_token(files: Mapping[str, bytes], folder: Path) -> None:
     for name in files.keys() - {WEIGHTS}:
         if holds_token(files[name].decode(), get_token()):
             raise ValueError(
-                f"{folder / name} has an access token in it, which would be published; take it out, and revoke the token "
-                "if anybody else has seen the file"
+                f"{folder / name} has an access token in it, which would be published; take it out, and revoke the "
+                "token if anybody else has seen the file"
             )
 
 
