@@ -321,6 +321,22 @@ class TestBundle:
         with pytest.raises(ValueError, match=message):
             timm_fsr.push_to_hub(saved, "owner/name")
 
+    def test_a_token_is_not_published(self, saved, monkeypatch):
+        """Recipes and reports lose it; a card or configuration that has it is refused."""
+        monkeypatch.setenv("HF_TOKEN", "hf_of_an_owner")
+        token = "hf_" + "aB3" * 11
+        (saved / "recipe.yaml").write_text(yaml.safe_dump({"how": f"https://joe:pw@a.org/x?token={token}", "t": token}))
+        sent = b"".join(
+            content for name, content in collect(saved, "owner/name").items() if name != "model.safetensors"
+        )
+        assert token.encode() not in sent
+        assert b"joe:pw" not in sent
+        card = collect(saved, "owner/name")["README.md"].decode()
+        for secret in (token, "hf_of_an_owner"):
+            (saved / "README.md").write_text(f"{card}\nBy {secret}\n")
+            with pytest.raises(ValueError, match=r"README\.md has an access token in it, .*revoke the token"):
+                collect(saved, "owner/name")
+
     def test_exchanged_weights(self, saved, tmp_path):
         shutil.copy(save(tmp_path / "other", seed=1) / "model.safetensors", saved)
         with pytest.raises(ValueError, match="damaged or were exchanged"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hostile import HOSTILE
 
 from timm_fsr.reports.comparison import mcnemar
 from timm_fsr.reports.page import Entry, render_page
@@ -83,6 +84,53 @@ def test_attacks_are_written_short():
     page = render_page([Entry("x", report(attacks={"fgsm": detail}), {**EXAMPLES, "attack": detail})])
     assert page.count("PGD(norm=&#39;linf&#39;, eps=0.09804, steps=20, restarts=1)") == 2
     assert "None" not in page
+
+
+class Skeleton(HTMLParser):
+    """Which tags and attributes there are, and every address that would be fetched or followed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.kinds: set[str] = set()
+        self.addresses: set[str | None] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.kinds |= {f"<{tag}", *(name for name, _ in attrs)}
+        self.addresses |= {value for name, value in attrs if name in ("src", "href", "data", "action", "srcset")}
+
+
+def named(text: str) -> str:
+    """A page of two models on which every name and note is this text."""
+    evidence = {
+        **EVIDENCE,
+        "findings": [{"level": "ok", "text": text}],
+        "masks": [{**EVIDENCE["masks"][0], "site": text}],
+    }
+    image = {**EXAMPLES["images"][0], "truth": text, "clean_class": text, "attacked_class": text}
+    conditions = {"data": text, "classes": [text] * 3, "model": text, text: text, "versions": {text: text}}
+    found = report(
+        attacks={"fgsm": text}, stages={"fgsm": {text: flags("11100000")}}, notes=(text,), conditions=conditions
+    )
+    found = dataclasses.replace(found, evidence=evidence, corruptions={text: {"1": 0.5}})
+    return render_page([Entry(text, found, {**EXAMPLES, "attack": text, "images": [image]})] * 2)
+
+
+def test_no_name_adds_anything_but_words():
+    expected = Skeleton(named("x"))
+    assert expected.addresses == {DOT, "#comparison", "#model-1", "#model-2"}
+    for text in (" ".join(HOSTILE), HOSTILE[1], *(text for text in HOSTILE if "\x00" in text)):
+        found = Skeleton(named(text))
+        assert found.kinds == expected.kinds, text
+        assert found.addresses == expected.addresses, text
+
+
+def test_pictures_are_in_the_page_or_nowhere():
+    image = {**EXAMPLES["images"][0], "clean": "https://evil.example/x.png", "attacked": "javascript:alert(1)"}
+    page = render_page([Entry("x", report(), {**EXAMPLES, "images": [image]})])
+    assert "evil" not in page
+    assert "javascript" not in page
+    assert "default-src 'none'; img-src data:" in page
 
 
 @pytest.mark.parametrize(("norm", "shown"), [("linf", "6.25/255"), ("l2", "0.02451")])

@@ -139,12 +139,19 @@ def test_of_many_that_start_at_once_one_gets_it(tmp_path: Path) -> None:
 
 def test_overwrite_works_in_a_recipe_file(tmp_path: Path) -> None:
     train(tiny(tmp_path / "run", *SHORT))
-    (tmp_path / "run" / "mine.txt").write_text("precious")
+    foreign = ["mine.txt", "best/mine.txt", "best/sub/mine.txt", "last/a.ckpt", "checkpoints/mine.pt"]
+    foreign += ["checkpoints/step-old/tensors.pt", "evaluation/outcomes/notes.txt", "trackers/mine.txt"]
+    for name in foreign:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("precious")
+    (tmp_path / "run" / "checkpoints" / "step-000000099").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-000000099" / "tensors.pt").write_text("of a longer run")
     recipe = tiny(tmp_path / "run", *SHORT, "--seed=1", "--overwrite=true")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     train(Recipe.load(tmp_path / "recipe.yaml"))
     assert "seed: 1" in (tmp_path / "run" / "recipe.yaml").read_text()
-    assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
+    assert [name for name in foreign if (tmp_path / "run" / name).read_text() != "precious"] == []
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-0*")] == ["step-000000001"]
     assert len(metrics(tmp_path / "run")) == 1
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm_fsr.hub.privacy import is_place, telling_part, texts, without_traces
 from timm_fsr.models.pretrained import RECIPE, REPORT
 from timm_fsr.models.weights import CONFIG, WEIGHTS, read_config
 from timm_fsr.reports.comparison import RECIPE_KEYS
@@ -16,11 +16,7 @@ from timm_fsr.reports.report import Report
 from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.registry import is_file_name
 
-_PATH = re.compile(
-    r"(?:\bfile:(?://[^/\s]*)?|(?<![\w:/.~])(?:~|[A-Za-z]:)?)[/\\](?:[^\s/\\\[\],]+[/\\])+([^\s/\\\[\],]+)"
-)
 _TRANSFER = "transfer from "  # how the stages of attacks begin that name another model
-_ROLES = ("best", "last")  # folders inside a run, which say nothing without its name
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,36 +75,15 @@ def read_bundle(folder: str | Path) -> Bundle:
     if is_recipe(recipe):
         _check_recipe(recipe, folder / RECIPE)
     report = Report.load(folder / REPORT)
-    report, recipe = publishable(report, recipe), without_paths(recipe, _paths(recipe, report))
+    report, recipe = publishable(report, recipe), without_traces(recipe, _paths(recipe, report))
     conditions = {key: value for key, value in report.conditions.items() if key != "recipe"}  # which has its own file
     report = dataclasses.replace(report, conditions=conditions)
     return Bundle(config, report, {key: value for key, value in recipe.items() if key != "output"})
 
 
 def publishable(report: Report, recipe: Mapping[str, Any] | None = None) -> Report:
-    """A report without paths of the machine; the recipe may name some that stand in it."""
-    return Report.from_dict(without_paths(report.to_dict(), _paths(recipe or {}, report)))
-
-
-def without_paths(value: Any, known: Mapping[str, str] | None = None) -> Any:
-    """The same JSON values with each absolute path cut to its last part: where something lay is nobody's business.
-
-    Args:
-        value: JSON values.
-        known: what to show of paths that may stand in it and could not be recognised inside a sentence, because they
-            are relative or have spaces.
-    """
-    known = known or {}
-    if isinstance(value, str):
-        for path in sorted(known, key=len, reverse=True):
-            shown = known[path].replace("\\", "\\\\")
-            value = re.sub(rf"(?<![\w./~-]){re.escape(path)}(?![\w-])", shown, value)
-        return _PATH.sub(r"\1", value)
-    if isinstance(value, Mapping):
-        return {without_paths(key, known): without_paths(entry, known) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_paths(entry, known) for entry in value]
-    return value
+    """A report without paths of the machine and without secrets; the recipe may name paths that stand in it."""
+    return Report.from_dict(without_traces(report.to_dict(), _paths(recipe or {}, report)))
 
 
 def _paths(recipe: Mapping[str, Any], report: Report) -> dict[str, str]:
@@ -121,17 +96,11 @@ def _paths(recipe: Mapping[str, Any], report: Report) -> dict[str, str]:
     models = [name.removeprefix(_TRANSFER) for name in stages if name.startswith(_TRANSFER)]
     models += [str(conditions.get("model", "")), str(recipe.get("model", {}).get("name", ""))]
     models = [name.removeprefix("local-dir:") for name in models]
-    named = [path for path in sources if path and (Path(path).is_absolute() or path.startswith("~"))]  # else a Hub id
+    named = [path for path in sources if path and is_place(path)]  # else a Hub id
     named += [path for path in models if "/" in path and ":" not in path]  # those of the Hub begin with hf-hub:
+    named += [text for text in texts(recipe) if is_place(text)]
     files = [source for source in recipe.get("imports") or () if isinstance(source, str) and is_file_name(source)]
-    return {**{path: _shown(path) for path in named}, **{path: Path(path).name for path in files}}
-
-
-def _shown(path: str) -> str:
-    """The last part of a path that says something."""
-    parts = [part for part in Path(path).parts if part not in ("/", "~", "..")]
-    telling = [part for part in parts if part not in _ROLES]
-    return (telling or parts or [path])[-1]
+    return {**{path: telling_part(path) for path in named}, **{path: Path(path).name for path in files}}
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -147,11 +116,18 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
     given = config.get("pretrained_cfg")
     pretrained_cfg = given if isinstance(given, dict) else {}
-    lacks = [f"pretrained_cfg.{key}" for key in ("input_size", "mean", "std") if not pretrained_cfg.get(key)]
+    needed = ("input_size", "mean", "std")
+    lacks = [f"pretrained_cfg.{key} as numbers" for key in needed if not _are_numbers(pretrained_cfg.get(key))]
+    if not lacks and len(pretrained_cfg["input_size"]) != 3:
+        lacks.append("three numbers in pretrained_cfg.input_size")
     if not isinstance(config.get("model_args", {}), dict):
         lacks.append("model_args as keys and values")
     if lacks:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(lacks)}; save the model again")
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, (int, float)) for entry in value)
 
 
 def _check_recipe(recipe: Mapping[str, Any], path: Path) -> None:

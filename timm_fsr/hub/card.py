@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,10 +11,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from timm.models import get_pretrained_cfg
 
 from timm_fsr.hub.bundle import Bundle, publishable
+from timm_fsr.hub.markdown import environment, is_active, one_line, without_code
+from timm_fsr.hub.privacy import texts
 from timm_fsr.models.pretrained import CARD, list_pretrained
 from timm_fsr.models.weights import RECORD
 from timm_fsr.reports.comparison import differences, layer_of, listed, mcnemar, same_keys
@@ -116,16 +117,39 @@ def check_card(text: str, bundle: Bundle, repo_id: str) -> None:
     missing = [line for line in lines if " %" in line and line not in text.splitlines()]
     if missing:
         raise ValueError(f"the card lacks this line, or has other figures in it: {missing[0]!r}; {_AGAIN}")
+    _check_outside_text(text, lines, bundle)
+
+
+def _check_outside_text(text: str, generated: Sequence[str], bundle: Bundle) -> None:
+    """Refuse a card in which a name or note from outside acts as Markdown, as in cards of other makers.
+
+    Args:
+        text: the card.
+        generated: the lines that a card made now has, which are safe.
+        bundle: all text that comes from outside.
+    """
+    own = "\n".join(without_code(line) for line in ModelCard(text).text.splitlines() if line not in set(generated))
+    outside = (bundle.config, bundle.report.conditions, bundle.report.notes, bundle.report.stages, bundle.recipe)
+    for given in texts((*outside, bundle.report.evidence.get("findings"))):
+        raw = next((raw for raw in (given.strip(), one_line(given)) if is_active(raw) and _stands_in(raw, own)), None)
+        if raw is not None:
+            raise ValueError(
+                f"the card shows {one_line(raw)[:80]!r}, a name or note from the model's files, so that it acts as "
+                f"Markdown; {_AGAIN}"
+            )
+
+
+def _stands_in(raw: str, text: str) -> bool:
+    """Whether a text has these very characters in it, not escaped."""
+    return re.search(rf"(?<!\\){re.escape(raw)}", text) is not None
 
 
 def _body(bundle: Bundle, **given: Any) -> str:
     """The text of a card; `given` is what is known of the model from elsewhere than its bundle."""
-    environment = Environment(
-        loader=PackageLoader("timm_fsr.hub"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    templates = environment("timm_fsr.hub")
+    templates.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     title = given["repo_id"].partition("/")[2]
-    return environment.get_template("card.md").render(**_model_facts(bundle), title=title, **given).strip()
+    return templates.get_template("card.md").render(**_model_facts(bundle), title=title, **given).strip()
 
 
 def _model_facts(bundle: Bundle) -> dict[str, Any]:
@@ -142,7 +166,7 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
         "data": training_data(bundle),
         "extra": extra_data(bundle),
         "tested": report.conditions.get("data") or tested.title,
-        "split": f"{split} " if split else "",
+        "split": split,
         "layer": bundle.layer,
         "record": config.get(RECORD, {}),
         "shape": f"(N, {channels}, {height}, {width})",
@@ -161,7 +185,7 @@ def _notes(bundle: Bundle) -> dict[str, str]:
     """What is said of a training by other code: keys and values of its author, as they can stand in a table."""
     if bundle.training:
         return {}
-    return {str(key): " ".join(str(value).split()).replace("|", "\\|") for key, value in bundle.recipe.items()}
+    return {str(key): str(value) for key, value in bundle.recipe.items()}
 
 
 def _row(report: Report, name: str) -> dict[str, Any]:
@@ -304,8 +328,18 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         reason = str(error).split(":")[0].splitlines()[0]
         raise ValueError(f"{repo_id!r} is no name of a repository ({reason}); write user/name") from error
+    if repo_id != one_line(repo_id):  # which the client lets pass at the end
+        raise ValueError(f"{repo_id!r} is no name of a repository (it has a line break in it); write user/name")
     if not (owner and slash and name):
         raise ValueError(f"{repo_id!r} is no name of a repository (it names no user or organisation); write user/name")
+
+
+def _is_repo_id(name: str | None) -> bool:
+    try:
+        check_repo_id(name or "")
+    except ValueError:
+        return False
+    return True
 
 
 def check_license(license: str) -> None:
@@ -363,13 +397,13 @@ def metadata(bundle: Bundle, repo_id: str, license: str, base_model: str | None)
         pipeline_tag="image-classification",
         license=license,
         datasets=datasets or None,
-        base_model=base_model,
+        base_model=base_model if _is_repo_id(base_model) else None,
         tags=[
             "timm",
             "timm_fsr",
             "image-classification",
             "adversarial-robustness",
-            *([bundle.layer] if bundle.layer else []),
+            *([one_line(bundle.layer)] if bundle.layer else []),
             *(["arxiv:2303.13846"] if bundle.layer == "fsr" else []),
         ],
         eval_results=results(bundle),
@@ -386,13 +420,13 @@ def results(bundle: Bundle) -> list[EvalResult]:
         details: dict[str, Any] = {"n_examples": report.count, "seed": report.seed}
         if name != "clean":
             details |= {"norm": report.norm, "eps": float(report.eps)}
-            details["attack"] = ", ".join(report.stages.get(name) or report.attacks)
+            details["attack"] = one_line(", ".join(report.stages.get(name) or report.attacks))
         found.append(
             EvalResult(
                 task_type="image-classification",
                 dataset_type=data.hub or "unpublished",
-                dataset_name=data.title,
-                dataset_split=split,
+                dataset_name=one_line(data.title),
+                dataset_split=one_line(split) if split else None,
                 metric_type="accuracy",
                 metric_name="Accuracy" if name == "clean" else f"Robust accuracy ({attack}, {report.threat})",
                 metric_value=round(100 * report.accuracy_of(name), 2),

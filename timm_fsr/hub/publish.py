@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from torch import nn
 
 from timm_fsr.hub.bundle import Bundle, read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, check_repo_id, render_card
+from timm_fsr.hub.privacy import holds_token
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.models.saving import WrittenRecipe, load, save_pretrained, weights_digest
 from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS
@@ -164,7 +165,19 @@ def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None
     files = {CARD: card.encode(), CONFIG: config, WEIGHTS: weights}
     if bundle.recipe:
         files[RECIPE] = yaml.safe_dump(dict(bundle.recipe), sort_keys=False, allow_unicode=True).encode()
-    return {**files, REPORT: bundle.report.to_json().encode()}
+    files[REPORT] = bundle.report.to_json().encode()
+    _check_no_token(files, folder)
+    return files
+
+
+def _check_no_token(files: Mapping[str, bytes], folder: Path) -> None:
+    """Refuse to publish an access token; reports and recipes have lost theirs already."""
+    for name in files.keys() - {WEIGHTS}:
+        if holds_token(files[name].decode(), get_token()):
+            raise ValueError(
+                f"{folder / name} has an access token in it, which would be published; take it out, and revoke the "
+                "token if anybody else has seen the file"
+            )
 
 
 def _check_same_weights(bundle: Bundle, folder: Path, model: nn.Module) -> None:

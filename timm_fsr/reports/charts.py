@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _STYLE: Any = {
     "svg.hashsalt": "timm_fsr",  # else ids are random
     "text.parse_math": False,  # names may have a $
 }
+_NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # names may have them
 _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 _NOTE = "note: "  # how the ids of shapes begin that have a note to show under the mouse
 
@@ -227,7 +229,7 @@ def _inline(figure: Figure, title: str, css_class: str) -> Markup:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # it is only measured here: the browser draws it
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    drawn = ElementTree.fromstring(file.getvalue())
+    drawn = ElementTree.fromstring(_NOT_XML.sub("", file.getvalue()))
     shapes = {shape.get("id"): shape for defs in drawn.iter(f"{_SVG}defs") for shape in defs}
     root = ElementTree.Element("svg", {"class": css_class, "viewBox": drawn.get("viewBox", ""), "role": "img"})
     ElementTree.SubElement(root, "title").text = title

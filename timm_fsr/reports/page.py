@@ -15,6 +15,7 @@ from timm_fsr.reports.comparison import differences, listed, mcnemar
 from timm_fsr.reports.report import SCHEMA_VERSION, WORST_CASE, Report, format_eps
 
 _SHOWN_CLASSES = 20  # of more than these the best and the worst are shown
+_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")  # others would be fetched from somewhere
 _HIDDEN = ("classes", "autoattack_nonstandard", "recipe")  # conditions that are shown elsewhere, or are too long
 
 
@@ -51,6 +52,7 @@ def render_page(entries: Sequence[Entry]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = _percent
+    environment.filters["picture"] = lambda source: source if _PICTURE.fullmatch(str(source)) else ""
     environment.filters["anchor"] = lambda index: f"model-{index}"
     return environment.get_template("report.html").render(
         title=", ".join(entry.title for entry in entries),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -151,6 +152,7 @@ def _means(sums: Tensor, counts: Tensor) -> list[float | None]:
     return [total / count if count else None for total, count in pairs]
 
 
+@functools.lru_cache(maxsize=4096)  # a report, its page and its card ask for the same intervals
 def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
     """95 % interval of a proportion seen in `count` independent trials (Clopper and Pearson, 1934), within [0, 1].
 

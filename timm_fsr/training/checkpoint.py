@@ -17,6 +17,7 @@ import torch
 from timm_fsr.utils.files import file_digest
 
 _PREFIX, _SCRATCH = "step-", ".writing-"
+_DIGITS = 9
 _TENSORS, _VALUES, _SUMS = "tensors.pt", "values.json", "checksums.json"
 
 
@@ -43,7 +44,7 @@ class Checkpoints:
         Raises:
             OSError: it could not be written; the older ones are untouched.
         """
-        target = self.folder / f"{_PREFIX}{step:09d}"
+        target = self.folder / f"{_PREFIX}{step:0{_DIGITS}d}"
         scratch = old = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ class Checkpoints:
         return None
 
     def _all(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir())
+        return sorted(path for path in self.folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}") if path.is_dir())
 
     def _rotate(self, newest: Path) -> None:
         """Keep `newest` and those before it; later ones were broken, or are of a course that was given up."""

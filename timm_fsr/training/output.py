@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,22 @@ from timm_fsr.training.state import checkpoints_of
 from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.files import write_text
 
-_RESULTS = ("metrics.jsonl", "best", "last", "checkpoints", "trackers", "evaluation", "report.json", "training.png")
+_MODEL = ("config.json", "model.safetensors", "report.json", "recipe.yaml", ".writing-*/*")
+_MADE = {
+    "metrics.jsonl": (),
+    "best": _MODEL,
+    "last": _MODEL,
+    "checkpoints": tuple(
+        f"{folder}/{name}"
+        for folder in ("step-[0-9]*", ".writing-*")
+        for name in ("tensors.pt", "values.json", "checksums.json")
+    ),
+    "trackers": ("timm_fsr/**/events.out.tfevents.*", "timm_fsr/hparams.yml"),
+    "evaluation": ("outcomes/*.jsonl",),
+    "report.json": (),
+    "training.png": (),
+}
+"""What a run leaves in its folder: files, and folders with patterns of the files that it makes in them."""
 
 Snapshot = tuple[dict[str, Any], dict[str, Any]]
 """Tensors and values of a checkpoint."""
@@ -31,7 +46,7 @@ def check_output(recipe: Recipe) -> None:
         raise FileExistsError(f"{output} is a file, but results need a folder; choose another with --output")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else the main process may have the lock for this one already
         check_unlocked(output)
-    present = [name for name in _RESULTS if (output / name).exists()]
+    present = [name for name in _MADE if (output / name).exists()]
     ours = "metrics.jsonl" in present or _is_recipe(output / "recipe.yaml")
     if not present or (recipe.overwrite and ours) or (recipe.resume and "metrics.jsonl" in present):
         return
@@ -70,14 +85,25 @@ def find_snapshot(recipe: Recipe, accelerator: Accelerator, console: Console) ->
 
 
 def begin_output(recipe: Recipe, *, new: bool) -> None:
-    """Clear the folder for a new run, and write the recipe into it."""
-    folder = recipe.folder
-    for path in (folder / name for name in reversed(_RESULTS) if new):  # the file that marks a run is removed last
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    write_text(folder / "recipe.yaml", dataclasses.replace(recipe, resume=False, overwrite=False).to_yaml())
+    """Clear the folder for a new run of what an earlier one has made, and write the recipe into it."""
+    if new:
+        for name in reversed(_MADE):  # the file that marks a run is removed last
+            _remove_made(recipe.folder / name, _MADE[name])
+    write_text(recipe.folder / "recipe.yaml", dataclasses.replace(recipe, resume=False, overwrite=False).to_yaml())
+
+
+def _remove_made(path: Path, patterns: tuple[str, ...]) -> None:
+    """Remove a file, or of a folder the files of these patterns and then the folders that are left empty."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for found in [found for pattern in patterns for found in path.glob(pattern)]:
+        if found.is_file() or found.is_symlink():
+            found.unlink()
+    folders = [found for found in path.rglob("*") if found.is_dir()]
+    for folder in [*sorted(folders, reverse=True), path]:  # the inner ones first
+        with suppress(OSError):  # something of somebody else's is in it
+            folder.rmdir()
 
 
 def _is_recipe(path: Path) -> bool:
