@@ -13,7 +13,6 @@ import pytest
 import torch
 from support.tiny import tiny_resnet, with_fsr
 
-import timm_fsr.cli.main
 from timm_fsr.cli.failures import going_on, in_flags, reported, without_debug
 from timm_fsr.cli.main import main
 from timm_fsr.models.saving import save_pretrained
@@ -58,11 +57,10 @@ def test_a_trace_that_cannot_be_written_is_left_to_debug(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("arguments", [["--debug", "models"], ["models", "--debug"]], ids=" ".join)
 def test_debug_prints_the_trace_wherever_it_stands(arguments, monkeypatch, capsys):
-    def broken(rest: list[str]) -> None:
-        assert rest == []
+    def broken(_: object) -> None:
         raise RuntimeError("lost")
 
-    monkeypatch.setitem(timm_fsr.cli.main._COMMANDS, "models", (broken, ""))
+    monkeypatch.setattr("timm_fsr.cli.hub.models_command", broken)
     assert main(arguments) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("Traceback")
@@ -214,7 +212,7 @@ EVALUATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a tag of an architecture without": (["resnet_tiny_cifar.x"], "leave out .x"),
     "an architecture without weights": (["resnet_tiny_cifar"], "--checkpoint"),
-    "arguments of a saved model": (["MODEL", "--model-args", "fsr_hidden=4"], "--model-args belongs to --checkpoint"),
+    "arguments of a saved model": (["MODEL", "--model-args", "fsr_hidden=5"], "fsr_hidden"),
     "a size of none": (["MODEL", "--size=0", "--limit=5"], "--size="),
 }
 

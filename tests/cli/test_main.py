@@ -156,7 +156,7 @@ class TestEvaluate:
             (["SAVED", "--eps=-1/255"], "must be 0 or more"),
             (["SAVED", "--attacks", "pdg20"], "did you mean 'pgd20'"),
             (["SAVED", "--limit=0"], "limit=0 leaves no images"),
-            (["resnet_tiny_cifar"], "No pretrained weights"),
+            (["resnet_tiny_cifar"], "knows no trained weights"),
             (["resnet_tiny_cifar_fsr"], "no weights of the whole model"),
             (["RGB", "--channels=1"], "images have 1 channels but the model takes 3"),
             (["SAVED", "--norm=l1"], "'fgsm' has no L1 ball; use AutoAttack ('standard')"),
@@ -358,7 +358,7 @@ def test_a_layer_that_is_not_reached_is_no_traceback(saved, monkeypatch, capsys)
             module._forward_hooks.clear()
         return model
 
-    monkeypatch.setattr("timm_fsr.cli.evaluate.load", load)
+    monkeypatch.setattr("timm_fsr.cli.loading.load", load)
     assert "did not fire" in error_of(["evaluate", str(saved), "--limit=10"], capsys)
 
 

@@ -121,7 +121,7 @@ def test_one_broken_image_of_several_is_left_out_and_named(saved, photos, capsys
         (["SAVED", "PHOTOS", "--norm=l2"], "add --robustness"),
         (["SAVED", "PHOTOS", "--precision=bf16", "--robustness"], "leave out --precision"),
         (["SAVED", "PHOTOS", "--precision=fp16", "--device=cpu"], "use bf16 or fp32 on a CPU"),
-        (["SAVED", "PHOTOS", "--model-args", "drop_rate"], "'drop_rate' is no KEY=VALUE"),
+        (["SAVED", "PHOTOS", "--model-args", "drop_rate"], "takes KEY=VALUE such as fsr_hidden=16, not 'drop_rate'"),
         (["resnet18", "PHOTOS", "--model-args", "no_such=1"], "cannot be built with these arguments"),
         (["SAVED", "PHOTOS", "--mask=PHOTOS/0.png"], "--mask takes a folder"),
         (["resnet18", "PHOTOS", "--model-args", "pretrained=false", "--mask=m"], "has no feature layer"),
