@@ -212,7 +212,7 @@ EVALUATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a tag of an architecture without": (["resnet_tiny_cifar.x"], "leave out .x"),
     "an architecture without weights": (["resnet_tiny_cifar"], "--checkpoint"),
-    "arguments of a saved model": (["MODEL", "--model-args", "fsr_hidden=5"], "fsr_hidden"),
+    "arguments of a saved model": (["MODEL", "--model-args", "fsr_hidden=5"], "do not fit the feature layer"),
     "a size of none": (["MODEL", "--size=0", "--limit=5"], "--size="),
 }
 
