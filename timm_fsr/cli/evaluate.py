@@ -15,8 +15,10 @@ from torch import nn
 from timm_fsr.cli.extensions import IMPORT_HELP
 from timm_fsr.cli.help import HelpFormatter
 from timm_fsr.cli.threat import EPS, NORM, check_data, fill_data, fill_threat
-from timm_fsr.data.dataset import ImageData, load_data
-from timm_fsr.data.sources import CLASS_ORDERS, EMBEDDED, is_image_folder, other_class_order
+from timm_fsr.data.dataset import ON_ERROR, ImageData, load_data
+from timm_fsr.data.decoding import BrokenImagesError
+from timm_fsr.data.folders import CLASS_ORDERS, other_class_order
+from timm_fsr.data.sources import EMBEDDED, is_image_folder
 from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_extras
 from timm_fsr.evaluation.classes import judged_data, read_classes
 from timm_fsr.evaluation.evaluator import Standing, evaluate
@@ -156,6 +158,13 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         type=int,
         help="evaluate this many images, balanced (default: as many as the model's report, else all)",
     )
+    data.add_argument(
+        "--on-error",
+        choices=ON_ERROR,
+        default="stop",
+        help="images that cannot be used, such as broken files: name them all and stop, or skip and count them "
+        "(default: stop)",
+    )
     attack = parser.add_argument_group("attacks")
     attack.add_argument(
         "--norm", choices=["linf", "l2", "l1"], help=f"of the ball (default: that of the model's report, else {NORM})"
@@ -266,18 +275,23 @@ def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: boo
         channels = channels or (known[0] if known[0] in (1, 3) else None)
         if size is None and options.checkpoint is None:  # a file of weights does not say what they were trained on
             size = known[1:]
-    data = load_data(
-        options.data,
-        options.split,
-        config=options.config,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        size=size,
-        channels=channels,
-        class_order=_class_order(options, model),
-        limit=options.limit,
-        progress=progress,
-    )
+    try:
+        data = load_data(
+            options.data,
+            options.split,
+            config=options.config,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            size=size,
+            channels=channels,
+            mixed_size=None if known is None else known[1:],
+            class_order=_class_order(options, model),
+            limit=options.limit,
+            on_error=options.on_error,
+            progress=progress,
+        )
+    except BrokenImagesError as error:
+        raise BrokenImagesError(error.found, "add --on-error skip to go on without such images") from error
     try:
         check_runs(as_pixel_model(model), data.image_size)
     except ImageSizeError as error:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_fsr.data.augment import ResizedCrop
-from timm_fsr.data.dataset import Images, check_format, choose, digest_of
-from timm_fsr.data.decoding import MODES, Rows, check_range, fit, mode_of, pixels_of
+from timm_fsr.data.dataset import Images, check_format, choose, digest_of, skipped_note
+from timm_fsr.data.decoding import CHUNK, MODES, Rows, check_range, fit, mode_of, pixels_of, shown
 from timm_fsr.data.sources import open_rows
 from timm_fsr.utils.random import derive_generator
 
@@ -40,7 +40,9 @@ class StreamedData(Images):
         workers: processes that decode, at most one per processor core; 0 decodes in this process. The images do not
             depend on it. They start again for each pass, which takes seconds on systems that do not fork.
         device: where batches go.
-        named: see `Images`.
+        named: see `Images`, as are `notes` and `skipped`.
+        notes: see `named`.
+        skipped: see `named`.
 
     Raises:
         ValueError: there are no images, or labels do not fit them or the classes.
@@ -57,6 +59,8 @@ class StreamedData(Images):
     workers: int = 4
     device: torch.device | str = "cpu"
     named: bool = True
+    notes: tuple[str, ...] = ()
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         if self.labels.shape != self.indices.shape or not len(self.labels):
@@ -115,21 +119,18 @@ class StreamedData(Images):
             Float images (B, C, H, W) in [0, 1] and int64 labels (B,), on `device`.
 
         Raises:
-            ValueError: an image is broken, or coloured among grey ones.
+            ValueError: images are broken, all of a batch being named together, or coloured among grey ones.
         """
         chosen = list(batches)
-        loader = DataLoader(
+        loader = _loader(
             _Samples(self.rows, self.size, self.mode, self.channels, crop, seed, epoch),
-            batch_sampler=(self.indices[places.cpu()].tolist() for places in chosen),
-            num_workers=min(self.workers, _cores(), len(chosen)),
-            collate_fn=_unchanged,
-            worker_init_fn=_outlive_signals,
+            [self.indices[places.cpu()].tolist() for places in chosen],
+            self.workers,
             pin_memory=torch.device(self.device).type == "cuda",
-            generator=torch.Generator(),  # without one of its own it would draw from the global generator
         )
         for places, images in zip(chosen, loader, strict=True):
-            if isinstance(images, str):
-                raise ValueError(images)
+            if isinstance(images, Exception):
+                raise images
             pixels = images.to(self.device, non_blocking=True)
             yield pixels.float().div_(255), self.labels[places.to(self.labels.device)]
 
@@ -145,7 +146,9 @@ def stream_data(
     classes: Sequence[str] | None = None,
     channels: int | None = None,
     limit: int | None = None,
+    on_error: str = "stop",
     workers: int = 4,
+    progress: bool = True,
 ) -> StreamedData:
     """Opens one split of a data set without decoding it; the arguments are those of `timm_fsr.data.dataset.load_data`.
 
@@ -164,24 +167,32 @@ def stream_data(
         classes: see `source`.
         channels: 1 for grey or 3 for RGB; whichever the first image has if not given.
         limit: see `source`.
+        on_error: "stop" meets images that cannot be used when they are needed, "skip" decodes all images once now, and
+            leaves out and counts those.
         workers: processes that decode, at most one per processor core; 0 decodes in this process.
+        progress: of the decoding that "skip" does: show a progress bar on stderr if that is a terminal.
 
     Raises:
         FileNotFoundError: the path does not exist.
         ValueError: the source, split, column, label or first image cannot be read; the message says what to change.
     """
     box = (size, size) if isinstance(size, int) else size
-    check_format(box, channels)
+    check_format(box, channels, on_error)
     rows = open_rows(
         os.fspath(source), split, config=config, image_column=image_column, label_column=label_column, mapped=True
     )
     chosen = choose(rows, tuple(classes) if classes else None, limit)
-    mode = MODES[channels] if channels else mode_of(rows.read(chosen.indices[:1].tolist()))
-    rows = replace(rows, labels=[])  # a list of a million would go to each worker
+    bare = replace(rows, labels=[])  # a list of a million would go to each worker
+    broken = _find_broken(bare, chosen.indices, workers, progress) if on_error == "skip" else {}
+    if len(broken) == len(chosen.indices):
+        raise rows.broken_error(broken)
+    whole = [place for place, index in enumerate(chosen.indices.tolist()) if index not in broken]
+    indices, labels = chosen.indices[whole], chosen.labels[whole]
+    mode = MODES[channels] if channels else mode_of(rows.read(indices[:1].tolist()))
     return StreamedData(
-        rows,
-        chosen.indices,
-        chosen.labels,
+        bare,
+        indices,
+        labels,
         chosen.classes,
         chosen.name,
         box,
@@ -189,7 +200,42 @@ def stream_data(
         channels,
         workers,
         named=chosen.named,
+        notes=(*chosen.notes, *skipped_note(rows, broken)),
+        skipped=len(broken),
     )
+
+
+def _find_broken(rows: Rows, indices: Tensor, workers: int, progress: bool) -> dict[int, str]:
+    """Why images at `indices` cannot be used, by index; each is decoded once."""
+    parts = [part.tolist() for part in indices.split(CHUNK)]
+    found: dict[int, str] = {}
+    loader = iter(_loader(_Checks(rows), parts, workers))
+    for _ in shown(range(len(parts)), "looking for broken images", progress):
+        found |= next(loader)
+    return found
+
+
+def _loader(samples: Dataset[Any], batches: list[list[int]], workers: int, *, pin_memory: bool = False) -> DataLoader:
+    """Gives what `samples` makes of each of `batches`, ahead of its use if there are workers."""
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=min(workers, _cores(), len(batches)),
+        collate_fn=_unchanged,
+        worker_init_fn=_outlive_signals,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # without one of its own it would draw from the global generator
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Checks(Dataset[Any]):
+    """Decodes batches of rows, and keeps nothing but what is wrong with them."""
+
+    rows: Rows
+
+    def __getitems__(self, indices: list[int]) -> dict[int, str]:
+        return _attempt(self.rows, indices)[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,32 +250,37 @@ class _Samples(Dataset[Tensor]):
     seed: int
     epoch: int
 
-    def __getitems__(self, indices: list[int]) -> Tensor | str:
-        """Uint8 images (B, C, H, W), or what is wrong with one: the loader would bury an exception in a traceback."""
-        parts = [indices[start : start + _TOGETHER] for start in range(0, len(indices), _TOGETHER)]
+    def __getitems__(self, indices: list[int]) -> Tensor | ValueError:
+        """Uint8 images (B, C, H, W), or what is wrong with some: the loader would bury an exception in a traceback."""
+        pictures, broken = _attempt(self.rows, indices)
+        if broken:
+            return self.rows.broken_error(broken)
+        read = [picture for picture in pictures if picture is not None]
         try:
-            arrays = [array for part in parts for array in self._decode(part)]
+            self.rows.check_mode(read, self.mode, self.channels)
         except ValueError as error:
-            return str(error)
+            return error
+        arrays = [self._array(picture, index) for picture, index in zip(read, indices, strict=True)]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
-    def _decode(self, indices: list[int]) -> list[np.ndarray]:
-        pictures = self._read(indices)
-        self.rows.check_mode(pictures, self.mode, self.channels)
-        if self.crop is None:
-            return [fit(picture, self.mode, self.size) for picture in pictures]
-        return [self._cropped(picture, index, self.crop) for picture, index in zip(pictures, indices, strict=True)]
-
-    def _read(self, indices: list[int]) -> list[Image.Image]:
-        try:
-            return self.rows.read(indices)
-        except ValueError:  # one by one, for the message to name the broken image
-            return [picture for index in indices for picture in self.rows.read([index])]
+    def _array(self, picture: Image.Image, index: int) -> np.ndarray:
+        return fit(picture, self.mode, self.size) if self.crop is None else self._cropped(picture, index, self.crop)
 
     def _cropped(self, picture: Image.Image, index: int, crop: ResizedCrop) -> np.ndarray:
         generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")
         picture = picture if picture.mode == self.mode else picture.convert(self.mode)
         return pixels_of(crop(picture, self.size, generator))
+
+
+def _attempt(rows: Rows, indices: list[int]) -> tuple[list[Image.Image | None], dict[int, str]]:
+    """`Rows.attempt`, a few images at a time."""
+    pictures: list[Image.Image | None] = []
+    broken: dict[int, str] = {}
+    for start in range(0, len(indices), _TOGETHER):
+        read, reasons = rows.attempt(indices[start : start + _TOGETHER])
+        pictures += read
+        broken |= reasons
+    return pictures, broken
 
 
 def _outlive_signals(_worker: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from timm.layers import convert_sync_batchnorm
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from timm_fsr.data.dataset import ImageData, Images
@@ -25,26 +26,31 @@ from timm_fsr.utils.errors import ImageSizeError
 _COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
 
 
-def read_images(recipe: Recipe, accelerator: Accelerator) -> tuple[Images, ImageData | None, Images]:
+def read_images(recipe: Recipe, accelerator: Accelerator, console: Console) -> tuple[Images, ImageData | None, Images]:
     """Training images, extra ones if the recipe has any, and held-out images, on the device.
 
     Args:
         recipe: names them.
         accelerator: the device; the main process shows progress.
+        console: says what was left out or changed as they were read.
 
     Raises:
         ValueError: there are too few images, or the test images for the final report do not fit.
         FileNotFoundError: there is no such data.
     """
     progress, device = accelerator.is_main_process, accelerator.device
-    data, held_out = recipe.data.build(seed=recipe.seed, progress=progress)
+    data, held_out = recipe.data.build(seed=recipe.seed, progress=progress, mixed_size=_input_side(recipe))
     extra = recipe.data.build_extra(data.classes, data.image_size, progress=progress)
+    for note in (*data.notes, *(() if extra is None else extra.notes)):
+        console.print(note)
     _check_test_split(recipe, data)
     return data.to(device), None if extra is None else extra.to(device), held_out.to(device)
 
 
 def with_input_of_model(recipe: Recipe, begun: Mapping[str, Any] | None, console: Console) -> Recipe:
     """The recipe with the image size and channels of the saved model that is fine-tuned, where it names none itself.
+
+    A run that is resumed takes what it began with, the number of held-out images included.
 
     Args:
         recipe: of the run.
@@ -53,7 +59,7 @@ def with_input_of_model(recipe: Recipe, begun: Mapping[str, Any] | None, console
     """
     data = recipe.data
     if begun is not None:
-        taken = {key: begun.get(f"data.{key}") for key in ("size", "channels")}
+        taken = {key: begun.get(f"data.{key}") for key in ("size", "channels", "held_out")}
     else:
         channels, height, width = (saved_config(recipe.model.name).get("pretrained_cfg") or {}).get(
             "input_size", (None, None, None)
@@ -84,7 +90,10 @@ def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> i
         )
     steps = epoch_steps(images, batch_size // processes, world_size=processes)
     if steps == 0:
-        raise ValueError(f"{images} training images do not fill a batch of {batch_size}; lower optim.batch_size")
+        raise ValueError(
+            f"of {images + held_out} training images {held_out} are held out (data.held_out), and the other {images} do "
+            f"not fill a batch of {batch_size}; use more images, or lower optim.batch_size"
+        )
     return steps
 
 
@@ -126,11 +135,23 @@ def compilation(backend: str | None) -> Iterator[None]:
         yield
 
 
+def _input_side(recipe: Recipe) -> tuple[int, int] | None:
+    """(height, width) of the images that the model is made for, if that is known."""
+    side = recipe.model.args.get("img_size")
+    if side is not None:
+        return (side, side) if isinstance(side, int) else tuple(side)
+    saved = saved_config(recipe.model.name).get("pretrained_cfg") or {}
+    config = get_pretrained_cfg(recipe.model.name)
+    size = saved.get("input_size") or (None if config is None else config.input_size)
+    return tuple(size[1:]) if size else None
+
+
 def _check_test_split(recipe: Recipe, data: Images) -> None:
     """Open the test images that the final report needs; ValueError if they are missing or of another kind."""
     if not recipe.evaluation.attacks:
         return
-    one = dataclasses.replace(recipe.data, limit_test=1).build_test(data.classes, progress=False)
+    options = dataclasses.replace(recipe.data, limit_test=1, on_error="stop")
+    one = options.build_test(data.classes, progress=False, image_size=data.image_size)
     if one.image_size[0] != data.image_size[0]:
         raise ValueError(
             f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "

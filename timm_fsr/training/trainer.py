@@ -148,7 +148,7 @@ class Trainer:
             FileNotFoundError: there is no such model or data.
         """
         device, options = accelerator.device, recipe.optim
-        data, extra, held_out = read_images(recipe, accelerator)
+        data, extra, held_out = read_images(recipe, accelerator, console)
         steps_per_epoch = count_steps(recipe, len(data), len(held_out), accelerator.num_processes)
         timm_model = build_model(recipe, data, device)
         optimizer = options.build(timm_model)
