@@ -44,7 +44,7 @@ class TestArrays:
 
 def test_pictures_can_be_sent_to_a_process():
     table = datasets.Dataset.from_dict({"image": [Image.fromarray(PIXELS[0])]})
-    for pictures in (ArrayPictures(PIXELS), TablePictures(table, "image")):
+    for pictures in (ArrayPictures(PIXELS), TablePictures.of(table, "image")):
         again = pickle.loads(pickle.dumps(Rows("x", [0], None, pictures)))
         assert np.array_equal(np.asarray(again.read([0])[0]), PIXELS[0])
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -50,17 +50,24 @@ class TablePictures:
     table: datasets.Dataset
     column: str
 
+    @classmethod
+    def of(cls, table: datasets.Dataset, column: str) -> TablePictures:
+        """The pictures of a table of several columns."""
+        import datasets
+
+        return cls(table.select_columns(column).cast_column(column, datasets.Image(decode=False)), column)
+
     def __call__(self, rows: list[int]) -> Sequence[Image.Image | None]:
         """The decoded pictures at `rows`, None where the table has none."""
-        return self.table[rows][self.column]
+        import datasets
+
+        decode = datasets.Image().decode_example
+        return [None if cell is None else decode(_in_memory(cell)) for cell in self.table[rows][self.column]]
 
     def places(self, rows: list[int]) -> list[str]:
         """Where each is, for messages: the path of its file, or its row and the name that it has there."""
-        import datasets
-
-        cells = self.table.cast_column(self.column, datasets.Image(decode=False))[rows][self.column]
         found = []
-        for row, cell in zip(rows, cells, strict=True):
+        for row, cell in zip(rows, self.table[rows][self.column], strict=True):
             name = (cell or {}).get("path")
             stored = cell is None or cell.get("bytes") is not None
             found.append(f"row {row}" + (f" ({name})" if name else "") if stored or not name else name)
@@ -315,6 +322,14 @@ def shown(steps: Sequence[int], what: str, progress: bool) -> Iterable[int]:
 
     console = Console(stderr=True)
     return track(steps, what, console=console, disable=not (progress and console.is_terminal))
+
+
+def _in_memory(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell of a table with the content of the file that it names: PIL leaves broken files open."""
+    path = cell.get("path")
+    if cell.get("bytes") is not None or not path or "://" in path:
+        return cell
+    return {"path": path, "bytes": Path(path).read_bytes()}
 
 
 def _from_array(pixels: np.ndarray, indices: list[int], progress: bool) -> Decoded:

@@ -138,7 +138,7 @@ def _folder_rows(folder: Path, name: str, split: str, class_order: str) -> Rows:
 
     found = read_class_folders(folder, split, class_order)
     table = datasets.Dataset.from_dict({"image": found.paths}, features=datasets.Features({"image": datasets.Image()}))
-    return Rows(name, found.labels, found.classes, TablePictures(table, "image"), empty=found.empty)
+    return Rows(name, found.labels, found.classes, TablePictures.of(table, "image"), empty=found.empty)
 
 
 def _parquet_files(path: Path, split: str) -> list[Path]:
@@ -236,9 +236,8 @@ def _table_rows(table: datasets.Dataset, where: str, image: str | None, label: s
                 f"column {image!r} of {where} holds {table.features[image]} rather than images; "
                 f"name another one of {', '.join(table.column_names)} with image_column"
             ) from error
-    encoded = table.select_columns(image)
     names = getattr(table.features[label], "names", None)
-    return Rows(where, table[label][:], tuple(names) if names else None, TablePictures(encoded, image))
+    return Rows(where, table[label][:], tuple(names) if names else None, TablePictures.of(table, image))
 
 
 def _column(columns: Sequence[str], given: str | None, usual: Sequence[str], role: str, where: str) -> str:

@@ -104,7 +104,8 @@ def assess(
     """
     if not isinstance(data, Images):
         raise ValueError(
-            f"data is {type(data).__name__}; give what timm_fsr.load_data or stream_data (timm_fsr.data.streaming) returns"
+            f"data is {type(data).__name__}; give what timm_fsr.load_data returns, or stream_data of "
+            "timm_fsr.data.streaming"
         )
     check_extras(norm, evidence_images=evidence_images, corruption_images=corruption_images)
     folder = Path(folder)

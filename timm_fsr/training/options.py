@@ -152,8 +152,8 @@ class DataOptions:
         limit_test: largest number of test images, balanced.
         on_error: what becomes of images that cannot be used, such as broken files: "stop" names all of them in an
             error, "skip" goes on without them and reports their number (streamed images are all decoded once for that).
-        held_out: training images held out, balanced, to choose the best checkpoint by robust accuracy; null takes 1,000,
-            but no more than a tenth of them.
+        held_out: training images held out, balanced, to choose the best checkpoint by robust accuracy; null takes
+            1,000, but no more than a tenth of them.
         crop_padding: pixels of padding of the random crop.
         flip: mirror half of the training images.
         extra_source: further training images, such as generated ones, of the same classes; scaled like the others.

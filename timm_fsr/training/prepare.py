@@ -16,6 +16,7 @@ from torch import nn
 
 from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import epoch_steps
+from timm_fsr.data.sources import is_image_folder
 from timm_fsr.hooks.attach import reattach
 from timm_fsr.models.description import check_runs, describe
 from timm_fsr.models.pixel import as_pixel_model
@@ -91,8 +92,8 @@ def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> i
     steps = epoch_steps(images, batch_size // processes, world_size=processes)
     if steps == 0:
         raise ValueError(
-            f"of {images + held_out} training images {held_out} are held out (data.held_out), and the other {images} do "
-            f"not fill a batch of {batch_size}; use more images, or lower optim.batch_size"
+            f"of {images + held_out} training images {held_out} are held out (data.held_out), and the other {images} "
+            f"do not fill a batch of {batch_size}; use more images, or lower optim.batch_size"
         )
     return steps
 
@@ -150,7 +151,9 @@ def _check_test_split(recipe: Recipe, data: Images) -> None:
     """Open the test images that the final report needs; ValueError if they are missing or of another kind."""
     if not recipe.evaluation.attacks:
         return
-    options = dataclasses.replace(recipe.data, limit_test=1, on_error="stop")
+    options = recipe.data
+    if options.streamed or not is_image_folder(options.source):  # else all are read, for single files may be broken
+        options = dataclasses.replace(options, limit_test=1, on_error="stop")
     one = options.build_test(data.classes, progress=False, image_size=data.image_size)
     if one.image_size[0] != data.image_size[0]:
         raise ValueError(
