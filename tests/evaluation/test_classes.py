@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 import timm_fsr
 from timm_fsr.data.dataset import ImageData
 from timm_fsr.data.streaming import stream_data
-from timm_fsr.evaluation.classes import in_order_of, match_classes, match_names, read_classes
+from timm_fsr.evaluation.classes import in_order_of, judged_data, match_classes, match_names, read_classes
 from timm_fsr.evaluation.corruptions import corruption_accuracy
+from timm_fsr.models.description import own_crop
 
 SIZE = 32
 
@@ -41,6 +43,28 @@ def pictures(levels: list[int], classes: list[str], labels: list[int], *, named:
 
 
 KNOWN = ["cat", "dog", "emu"]
+
+
+class TestWhatAReaderHasToKnow:
+    def test_of_how_the_images_were_read(self):
+        data = replace(pictures([0, 1, 2], KNOWN, [0, 1, 2]), notes=("one was broken",), skipped=1)
+        judged = judged_data(Brightness(3, KNOWN), data)
+        assert (judged.notes, judged.conditions["skipped_images"]) == (("one was broken",), 1)
+        report = timm_fsr.evaluate(Brightness(3, KNOWN), data, attacks=[])
+        assert report.notes == ("one was broken",)
+        assert report.conditions["skipped_images"] == 1
+
+    def test_of_a_crop_that_the_model_had_in_training(self):
+        model = Brightness(3, KNOWN)
+        model.pretrained_cfg["crop_pct"] = 0.875
+        data = pictures([0, 1, 2], KNOWN, [0, 1, 2])
+        scaled = replace(data, stored=(3, 50, 50))
+        (note,) = judged_data(model, scaled).notes
+        assert "were scaled whole, but the model's configuration crops them (crop_pct 0.875, center, bicubic)" in note
+        assert judged_data(model, data).notes == ()
+        assert judged_data(model, replace(data, stored=data.image_size)).notes == ()
+        cropped = judged_data(model, replace(scaled, crop=own_crop(model)))
+        assert (cropped.notes, cropped.conditions["crop"]) == ((), "crop_pct 0.875, center, bicubic")
 
 
 class TestMatching:
@@ -224,6 +248,13 @@ class TestFigures:
         pytest.importorskip("imagecorruptions")
         found = corruption_accuracy(model, data, names=["pixelate"], severities=[1])
         assert found == {"pixelate": {1: 1.0}}
+
+    def test_corruptions_say_how_labels_were_read(self, model, data):
+        pytest.importorskip("imagecorruptions")
+        found = corruption_accuracy(model, data, names=["pixelate"], severities=[1])
+        assert any("its labels were matched by name" in note for note in found.notes)
+        images, labels = next(data.batches(2))
+        assert corruption_accuracy(model, (images, labels), names=["pixelate"], severities=[1]).notes == ()
 
     def test_evidence(self, model, data):
         pytest.importorskip("pyautoattack")

@@ -25,7 +25,7 @@ from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE
 from timm_fsr.evaluation.registry import check_names, list_attacks
 from timm_fsr.evaluation.saved_images import rescore
-from timm_fsr.models.description import check_runs, class_names, input_size, size_text
+from timm_fsr.models.description import check_runs, class_names, input_size, own_crop, size_text
 from timm_fsr.models.pixel import as_pixel_model
 from timm_fsr.models.saving import load, saved_here, training_recipe, training_report
 from timm_fsr.reports.report import WORST_CASE, Report, format_eps
@@ -270,11 +270,13 @@ def _load_model(options: argparse.Namespace, device: torch.device) -> nn.Module:
 def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: bool) -> ImageData:
     """The images as the model was trained on them, as far as the flags do not say otherwise."""
     size, channels = options.size, options.channels
+    crop = None
     known = input_size(model)
     if known is not None:
         channels = channels or (known[0] if known[0] in (1, 3) else None)
         if size is None and options.checkpoint is None:  # a file of weights does not say what they were trained on
             size = known[1:]
+            crop = None if saved_here(options.model) else own_crop(model)
     try:
         data = load_data(
             options.data,
@@ -285,6 +287,7 @@ def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: boo
             size=size,
             channels=channels,
             mixed_size=None if known is None else known[1:],
+            crop=crop,
             class_order=_class_order(options, model),
             limit=options.limit,
             on_error=options.on_error,
@@ -332,6 +335,11 @@ def _say_before(
     ):
         before = size_text(data.stored)
         console.print(f"images are shown to the model as {size_text(data.image_size)}; the first is {before}")
+    if data.crop is not None:
+        console.print(
+            f"images of another size are scaled and cropped as the model's configuration says ({data.crop}); --size "
+            "scales them whole"
+        )
     for note in notes:
         console.print(note, markup=False)
     return notes

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from timm_fsr.data.decoding import Rows, check_range
+from timm_fsr.data.decoding import ModelCrop, Rows, check_range
 from timm_fsr.data.sources import open_rows
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.random import derive_generator
@@ -37,6 +37,7 @@ class Images(ABC):
         named: whether `classes` are names; False where the source has plain numbers, which then stand for them.
         notes: what a reader has to know of how the images were read, as sentences.
         skipped: how many images of the source were left out because they cannot be used.
+        crop: how they were scaled and cropped, if not bicubically and to the centre of the whole.
     """
 
     labels: Tensor
@@ -45,6 +46,7 @@ class Images(ABC):
     named: bool
     notes: tuple[str, ...]
     skipped: int
+    crop: ModelCrop | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -128,8 +130,9 @@ class ImageData(Images):
         name: where the images came from, for logs and reports.
         named: whether `classes` are names; False where the source has plain numbers, which then stand for them.
         stored: channels, height and width of the first image before it was scaled and converted, if that is known.
-        notes: see `Images`, as is `skipped`.
+        notes: see `Images`, as are the next two.
         skipped: see `notes`.
+        crop: see `notes`.
 
     Raises:
         ValueError: the tensors have other types, shapes or ranges than these.
@@ -143,6 +146,7 @@ class ImageData(Images):
     stored: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
     skipped: int = 0
+    crop: ModelCrop | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -213,6 +217,7 @@ def load_data(
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     mixed_size: int | tuple[int, int] | None = None,
+    crop: ModelCrop | None = None,
     class_order: str = "codepoint",
     limit: int | None = None,
     on_error: str = "stop",
@@ -236,6 +241,8 @@ def load_data(
         size: (height, width), or both in one number, that images are scaled (bicubic) and centre-cropped to.
         channels: 1 for grey or 3 for RGB; whichever the images have if not given.
         mixed_size: the size that images get, as by `size`, if that is not given and they are not all of one size.
+        crop: how images get that size, in place of scaling and centre-cropping: what
+            `timm_fsr.models.description.own_crop` says of a model of timm.
         class_order: how class folders are numbered where `classes` does not say: "codepoint" (Zebra, apple, class10,
             class9), or "timm" as timm's own scripts do (apple, class9, class10, Zebra).
         limit: the largest number of images to decode, each class in its share and always the same ones.
@@ -267,6 +274,7 @@ def load_data(
         channels=channels,
         progress=progress,
         mixed_size=mixed_box,
+        crop=crop,
         skip=on_error == "skip",
     )
     notes = [*chosen.notes, *skipped_note(rows, decoded.broken)]
@@ -285,6 +293,7 @@ def load_data(
         decoded.stored,
         tuple(notes),
         len(decoded.broken),
+        crop,
     )
 
 

@@ -91,6 +91,41 @@ class ArrayPictures:
 
 
 @dataclass(frozen=True)
+class ModelCrop:
+    """How timm scales and crops images for a model that was not trained by this package.
+
+    Attributes:
+        share: of the scaled image's side that is kept, timm's `crop_pct`, in (0, 1].
+        mode: timm's `crop_mode`: "center", "squash" or "border".
+        interpolation: such as "bicubic".
+        fill: of a border, one value in [0, 1] for each channel.
+    """
+
+    share: float
+    mode: str = "center"
+    interpolation: str = "bicubic"
+    fill: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        return f"crop_pct {self.share:g}, {self.mode}, {self.interpolation}"
+
+    def __call__(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """A grey or RGB picture of (height, width) `size`, with the pixels that timm's own scripts see."""
+        from timm.data.transforms_factory import transforms_imagenet_eval
+
+        transform = transforms_imagenet_eval(
+            size,
+            crop_pct=self.share,
+            crop_mode=self.mode,
+            interpolation=self.interpolation,
+            mean=self.fill or (0.0,) * len(picture.getbands()),
+            use_prefetcher=True,
+        )
+        pixels = transform(picture).numpy()
+        return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+@dataclass(frozen=True)
 class Rows:
     """Images of one split, not decoded yet.
 
@@ -153,6 +188,7 @@ class Rows:
         channels: int | None,
         progress: bool,
         mixed_size: tuple[int, int] | None = None,
+        crop: ModelCrop | None = None,
         skip: bool = False,
     ) -> Decoded:
         """The images at `indices`.
@@ -163,6 +199,7 @@ class Rows:
             channels: 1 for grey, 3 for RGB, or None to keep what the images have.
             progress: show a progress bar on stderr if that is a terminal.
             mixed_size: the size that all get if `size` is None and they have none in common.
+            crop: how they get their size, in place of scaling and centre-cropping.
             skip: leave out images that cannot be used.
 
         Raises:
@@ -174,14 +211,20 @@ class Rows:
             if stored is not None:  # a million small images take seconds rather than minutes
                 return _from_array(stored, indices, progress)
         try:
-            return self._decode(indices, size, channels, progress, skip)
+            return self._decode(indices, size, channels, progress, crop, skip)
         except MixedSizesError:
             if mixed_size is None:
                 raise
-            return self._decode(indices, mixed_size, channels, progress, skip)
+            return self._decode(indices, mixed_size, channels, progress, crop, skip)
 
     def _decode(
-        self, indices: list[int], size: tuple[int, int] | None, channels: int | None, progress: bool, skip: bool
+        self,
+        indices: list[int],
+        size: tuple[int, int] | None,
+        channels: int | None,
+        progress: bool,
+        crop: ModelCrop | None,
+        skip: bool,
     ) -> Decoded:
         images, kept, sizes = torch.empty(0, dtype=torch.uint8), list[int](), Sizes()
         broken: dict[int, str] = {}
@@ -198,7 +241,7 @@ class Rows:
                 first = (1 if mode_of(pictures[:1]) == "L" else 3, pictures[0].height, pictures[0].width)
             self.check_mode(pictures, mode, channels)
             sizes.add(pictures)
-            arrays = self._stack([fit(picture, mode, size) for picture in pictures], tuple(images.shape[2:]))
+            arrays = self._stack([fit(picture, mode, size, crop) for picture in pictures], tuple(images.shape[2:]))
             if not kept:
                 height, width, depth = arrays.shape[1:]
                 images = images.new_empty(len(indices), depth, height, width)
@@ -384,11 +427,14 @@ def mode_of(pictures: Sequence[Image.Image]) -> str:
     return "L" if all(picture.mode in GREY_MODES for picture in pictures) else "RGB"
 
 
-def fit(picture: Image.Image, mode: str, size: tuple[int, int] | None) -> np.ndarray:
-    """Uint8 array (H, W, C), scaled bicubically with antialiasing and centre-cropped if `size` is given."""
+def fit(picture: Image.Image, mode: str, size: tuple[int, int] | None, crop: ModelCrop | None = None) -> np.ndarray:
+    """Uint8 array (H, W, C) of (height, width) `size` if that is given.
+
+    A picture of another size is scaled bicubically with antialiasing and centre-cropped, or as `crop` says.
+    """
     picture = picture if picture.mode == mode else picture.convert(mode)
     if size is not None and picture.size != size[::-1]:
-        picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
+        picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC) if crop is None else crop(picture, size)
     return pixels_of(picture)
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_fsr.data.augment import ResizedCrop
 from timm_fsr.data.dataset import Images, check_format, choose, digest_of, skipped_note
-from timm_fsr.data.decoding import CHUNK, MODES, Rows, check_range, fit, mode_of, pixels_of, shown
+from timm_fsr.data.decoding import CHUNK, MODES, ModelCrop, Rows, check_range, fit, mode_of, pixels_of, shown
 from timm_fsr.data.sources import open_rows
 from timm_fsr.utils.random import derive_generator
 
@@ -40,9 +40,10 @@ class StreamedData(Images):
         workers: processes that decode, at most one per processor core; 0 decodes in this process. The images do not
             depend on it. They start again for each pass, which takes seconds on systems that do not fork.
         device: where batches go.
-        named: see `Images`, as are `notes` and `skipped`.
+        named: see `Images`, as are the next three.
         notes: see `named`.
         skipped: see `named`.
+        crop: see `named`; the random part that `load` takes of an image is not affected.
 
     Raises:
         ValueError: there are no images, or labels do not fit them or the classes.
@@ -61,6 +62,7 @@ class StreamedData(Images):
     named: bool = True
     notes: tuple[str, ...] = ()
     skipped: int = 0
+    crop: ModelCrop | None = None
 
     def __post_init__(self) -> None:
         if self.labels.shape != self.indices.shape or not len(self.labels):
@@ -79,12 +81,13 @@ class StreamedData(Images):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of a SHA-256 over count, image size, class names, rows and labels.
+        """The first 16 hexadecimal digits of a SHA-256 over count, image size, crop, class names, rows and labels.
 
         Pixels are not in it, as that would mean decoding every image: other images in the same order with the same
         labels have the same fingerprint.
         """
-        return digest_of((len(self), self.image_size, self.classes), self.indices, self.labels)
+        about = (len(self), self.image_size, self.classes, *(() if self.crop is None else (str(self.crop),)))
+        return digest_of(about, self.indices, self.labels)
 
     def to(self, device: torch.device | str) -> StreamedData:
         """The same data, whose batches go to another device."""
@@ -123,7 +126,7 @@ class StreamedData(Images):
         """
         chosen = list(batches)
         loader = _loader(
-            _Samples(self.rows, self.size, self.mode, self.channels, crop, seed, epoch),
+            _Samples(self.rows, self.size, self.mode, self.channels, crop or self.crop, seed, epoch),
             [self.indices[places.cpu()].tolist() for places in chosen],
             self.workers,
             pin_memory=torch.device(self.device).type == "cuda",
@@ -145,6 +148,7 @@ def stream_data(
     label_column: str | None = None,
     classes: Sequence[str] | None = None,
     channels: int | None = None,
+    crop: ModelCrop | None = None,
     limit: int | None = None,
     on_error: str = "stop",
     workers: int = 4,
@@ -166,6 +170,7 @@ def stream_data(
         label_column: see `source`.
         classes: see `source`.
         channels: 1 for grey or 3 for RGB; whichever the first image has if not given.
+        crop: see `source`.
         limit: see `source`.
         on_error: "stop" meets images that cannot be used when they are needed, "skip" decodes all images once now, and
             leaves out and counts those.
@@ -202,6 +207,7 @@ def stream_data(
         named=chosen.named,
         notes=(*chosen.notes, *skipped_note(rows, broken)),
         skipped=len(broken),
+        crop=crop,
     )
 
 
@@ -246,7 +252,7 @@ class _Samples(Dataset[Tensor]):
     size: tuple[int, int]
     mode: str
     channels: int | None
-    crop: ResizedCrop | None
+    crop: ResizedCrop | ModelCrop | None
     seed: int
     epoch: int
 
@@ -264,7 +270,9 @@ class _Samples(Dataset[Tensor]):
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
     def _array(self, picture: Image.Image, index: int) -> np.ndarray:
-        return fit(picture, self.mode, self.size) if self.crop is None else self._cropped(picture, index, self.crop)
+        if isinstance(self.crop, ResizedCrop):
+            return self._cropped(picture, index, self.crop)
+        return fit(picture, self.mode, self.size, self.crop)
 
     def _cropped(self, picture: Image.Image, index: int, crop: ResizedCrop) -> np.ndarray:
         generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.data.dataset import Images
+from timm_fsr.data.dataset import ImageData, Images
+from timm_fsr.data.streaming import StreamedData
 from timm_fsr.evaluation.inference import Batches
-from timm_fsr.models.description import class_names, input_size, size_text
+from timm_fsr.models.description import class_names, input_size, own_crop, size_text
 from timm_fsr.models.pixel import base_model
 
 KindOfImages = TypeVar("KindOfImages", bound=Images)
@@ -119,6 +120,8 @@ def judged_data(model: nn.Module, data: Batches, classes: Sequence[str] | None =
     }
     if judged is not data and judged.fingerprint != data.fingerprint:
         about["labels_fingerprint"] = judged.fingerprint  # the same images, with labels in the model's order
+    if data.crop is not None:
+        about["crop"] = str(data.crop)
     if data.skipped:
         about["skipped_images"] = data.skipped
     return Judged(judged, judged.classes, data.name, about, (*data.notes, *notes, *_size_notes(model, data)))
@@ -255,6 +258,14 @@ def _size_notes(model: nn.Module, data: Images) -> Iterable[str]:
         yield (
             f"the images are {size_text(data.image_size)} (channels, height, width); the model was made for "
             f"{size_text(size)}"
+        )
+    stored = data.stored if isinstance(data, ImageData) else None
+    scaled = isinstance(data, StreamedData) or (stored is not None and stored[1:] != data.image_size[1:])
+    own = own_crop(model)
+    if own is not None and own.share < 1 and data.crop is None and scaled:
+        yield (
+            f"the images were scaled whole, but the model's configuration crops them ({own}), as timm's own scripts do "
+            "and timm_fsr.load_data with crop=timm_fsr.models.description.own_crop(model)"
         )
 
 

@@ -17,8 +17,9 @@ from torch import nn
 from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import epoch_steps
 from timm_fsr.data.sources import is_image_folder
+from timm_fsr.evaluation.classes import KindOfImages, match_classes
 from timm_fsr.hooks.attach import reattach
-from timm_fsr.models.description import check_runs, describe
+from timm_fsr.models.description import check_runs, class_names, describe
 from timm_fsr.models.pixel import as_pixel_model
 from timm_fsr.models.saving import saved_config
 from timm_fsr.training.recipe import Recipe
@@ -98,12 +99,22 @@ def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> i
     return steps
 
 
-def build_model(recipe: Recipe, data: Images, device: torch.device) -> nn.Module:
-    """The timm model with its first weights, which the seed decides, on `device`."""
+def build_model(recipe: Recipe, data: Images, device: torch.device, *, keep_order: bool = False) -> nn.Module:
+    """The timm model with its first weights, which the seed decides, on `device`.
+
+    Args:
+        recipe: of the run.
+        data: training images.
+        device: see above.
+        keep_order: the model's outputs are described in the order of the data's classes in any case, also where it has
+            been trained on the same classes in another order; see `in_order_of_head`.
+    """
     torch.manual_seed(recipe.seed)
     try:
         timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
-        describe(timm_model, classes=data.classes, image_size=data.image_size)
+        known = class_names(timm_model)
+        same = known is not None and set(known) == set(data.classes) and not keep_order
+        describe(timm_model, classes=known if known and same else data.classes, image_size=data.image_size)
         check_runs(as_pixel_model(timm_model), data.image_size)
     except ImageSizeError as error:
         raise ValueError(
@@ -117,6 +128,23 @@ def build_model(recipe: Recipe, data: Images, device: torch.device) -> nn.Module
     if recipe.batch_norm == "sync":
         timm_model = reattach(convert_sync_batchnorm(timm_model))
     return timm_model.to(device)
+
+
+def in_order_of_head(timm_model: nn.Module, data: KindOfImages, console: Console | None = None) -> KindOfImages:
+    """The images with labels as the trained model that is fine-tuned has its outputs: it goes on with what it knows.
+
+    Args:
+        timm_model: from `build_model`.
+        data: images of its classes.
+        console: says so, if labels were moved.
+    """
+    if class_names(timm_model) == data.classes:
+        return data
+    moved, notes = match_classes(timm_model, data)
+    if console is not None:
+        for note in notes:
+            console.print(note)
+    return moved
 
 
 @contextmanager
