@@ -148,6 +148,18 @@ class TestPixels:
         assert float(difference.mean()) <= mean
 
 
+@pytest.mark.parametrize("name", ["resnet_tiny_cifar", "resnet18"])
+def test_names_go_with_the_classifier_of_a_plain_model_that_timm_alone_has_loaded(tmp_path, name):
+    model = timm.create_model(name, num_classes=3)
+    describe(model, classes=["a", "b", "c"], image_size=(3, 32, 32))
+    save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert class_names(again) == ("a", "b", "c")
+    again.reset_classifier(3)
+    assert class_names(again) is None
+    assert class_names(timm.create_model(f"local-dir:{tmp_path}", pretrained=True)) == ("a", "b", "c")
+
+
 class TestOwnCrop:
     """Weights of timm are shown the pixels of timm's own scripts."""
 
