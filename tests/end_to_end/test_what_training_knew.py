@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.models import save_for_hf
 from torch import nn
 
 import timm_fsr
@@ -305,6 +306,22 @@ def test_weights_of_timm_are_read_in_its_order(place, best, tmp_path, capsys):
         "resnet_tiny_cifar", place / "data", tmp_path / "named", *flags, "--classes", tmp_path / "names.txt"
     )
     assert named.accuracy["clean"] == figure
+
+
+def test_weights_of_timm_are_shown_its_own_crop(place, tmp_path, capsys):
+    """A folder that timm wrote: its crop is no leftover of an architecture, but what its own scripts use."""
+    model = timm.create_model("resnet_tiny_cifar", num_classes=3)
+    config = {"input_size": (3, 20, 20), "crop_pct": 0.6, "interpolation": "bilinear", "label_names": sorted(COLOURS)}
+    model.pretrained_cfg |= {**config, "num_classes": 3}
+    save_for_hf(model, tmp_path / "timms")
+    figure = truth(tmp_path / "timms", place / "data" / "test")
+    report = evaluated(tmp_path / "timms", place / "data", tmp_path / "out")
+    assert report.accuracy["clean"] == figure
+    assert report.conditions["crop"] == "crop_pct 0.6, center, bilinear"
+    assert "as the model's configuration says (crop_pct 0.6, center, bilinear); --size" in capsys.readouterr().out
+    whole = evaluated(tmp_path / "timms", place / "data", tmp_path / "whole", "--size", 20)
+    assert "were scaled whole, but the model's configuration crops them" in whole.notes[0]
+    assert whole.conditions["data_fingerprint"] != report.conditions["data_fingerprint"]
 
 
 def test_a_thousand_classes_on_three_folders_is_said_first(place, tmp_path, capsys):
