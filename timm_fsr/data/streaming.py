@@ -127,8 +127,8 @@ class StreamedData(Images):
         chosen = list(batches)
         loader = _loader(
             _Samples(self.rows, self.size, self.mode, self.channels, crop or self.crop, seed, epoch),
-            [self.indices[places.cpu()].tolist() for places in chosen],
-            self.workers,
+            (self.indices[places.cpu()].tolist() for places in chosen),
+            min(self.workers, len(chosen)),
             pin_memory=torch.device(self.device).type == "cuda",
         )
         for places, images in zip(chosen, loader, strict=True):
@@ -213,20 +213,22 @@ def stream_data(
 
 def _find_broken(rows: Rows, indices: Tensor, workers: int, progress: bool) -> dict[int, str]:
     """Why images at `indices` cannot be used, by index; each is decoded once."""
-    parts = [part.tolist() for part in indices.split(CHUNK)]
+    parts = indices.split(CHUNK)
     found: dict[int, str] = {}
-    loader = iter(_loader(_Checks(rows), parts, workers))
+    loader = iter(_loader(_Checks(rows), (part.tolist() for part in parts), min(workers, len(parts))))
     for _ in shown(range(len(parts)), "looking for broken images", progress):
         found |= next(loader)
     return found
 
 
-def _loader(samples: Dataset[Any], batches: list[list[int]], workers: int, *, pin_memory: bool = False) -> DataLoader:
+def _loader(
+    samples: Dataset[Any], batches: Iterable[list[int]], workers: int, *, pin_memory: bool = False
+) -> DataLoader[Any]:
     """Gives what `samples` makes of each of `batches`, ahead of its use if there are workers."""
     return DataLoader(
         samples,
         batch_sampler=batches,
-        num_workers=min(workers, _cores(), len(batches)),
+        num_workers=min(workers, _cores()),
         collate_fn=_unchanged,
         worker_init_fn=_outlive_signals,
         pin_memory=pin_memory,
@@ -241,7 +243,7 @@ class _Checks(Dataset[Any]):
     rows: Rows
 
     def __getitems__(self, indices: list[int]) -> dict[int, str]:
-        return _attempt(self.rows, indices)[1]
+        return {index: why for part in _parts(indices) for index, why in self.rows.attempt(part)[1].items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,15 +260,20 @@ class _Samples(Dataset[Tensor]):
 
     def __getitems__(self, indices: list[int]) -> Tensor | ValueError:
         """Uint8 images (B, C, H, W), or what is wrong with some: the loader would bury an exception in a traceback."""
-        pictures, broken = _attempt(self.rows, indices)
+        arrays, broken = list[np.ndarray](), dict[int, str]()
+        for part in _parts(indices):
+            read, reasons = self.rows.attempt(part)
+            broken |= reasons
+            pictures = [picture for picture in read if picture is not None]
+            if broken:  # the others are still looked at, to name all that are broken
+                continue
+            try:
+                self.rows.check_mode(pictures, self.mode, self.channels)
+            except ValueError as error:
+                return error
+            arrays += [self._array(picture, index) for picture, index in zip(pictures, part, strict=True)]
         if broken:
             return self.rows.broken_error(broken)
-        read = [picture for picture in pictures if picture is not None]
-        try:
-            self.rows.check_mode(read, self.mode, self.channels)
-        except ValueError as error:
-            return error
-        arrays = [self._array(picture, index) for picture, index in zip(read, indices, strict=True)]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
     def _array(self, picture: Image.Image, index: int) -> np.ndarray:
@@ -280,15 +287,9 @@ class _Samples(Dataset[Tensor]):
         return pixels_of(crop(picture, self.size, generator))
 
 
-def _attempt(rows: Rows, indices: list[int]) -> tuple[list[Image.Image | None], dict[int, str]]:
-    """`Rows.attempt`, a few images at a time."""
-    pictures: list[Image.Image | None] = []
-    broken: dict[int, str] = {}
-    for start in range(0, len(indices), _TOGETHER):
-        read, reasons = rows.attempt(indices[start : start + _TOGETHER])
-        pictures += read
-        broken |= reasons
-    return pictures, broken
+def _parts(indices: list[int]) -> list[list[int]]:
+    """A few images each, so that not all photographs of a batch are in memory in their full size."""
+    return [indices[start : start + _TOGETHER] for start in range(0, len(indices), _TOGETHER)]
 
 
 def _outlive_signals(_worker: int) -> None:
