@@ -39,7 +39,8 @@ def forward_flops(recipe: Recipe, classes: int, image_size: tuple[int, int, int]
 def training_flops(recipe: Recipe) -> float:
     """Of the whole training; validation and the final evaluation come on top."""
     images, classes, image_size = DATA[recipe.data.source]
-    images = min(images, recipe.data.limit_train or images) - recipe.data.held_out
+    images = min(images, recipe.data.limit_train or images)
+    images -= min(1000, images // 10) if recipe.data.held_out is None else recipe.data.held_out
     return images * recipe.optim.epochs * training_passes(recipe) * forward_flops(recipe, classes, image_size)
 
 

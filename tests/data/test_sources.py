@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from timm_fsr.data.dataset import load_data
-from timm_fsr.data.sources import EMBEDDED, is_image_folder, other_class_order
+from timm_fsr.data.folders import other_class_order
+from timm_fsr.data.sources import EMBEDDED, is_image_folder
 from timm_fsr.data.streaming import stream_data
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
@@ -195,9 +196,9 @@ class TestParquet:
         table = datasets.Dataset.from_dict(rows, features=features)
         table.select([0]).to_parquet(tmp_path / "a.parquet")
         table.select([1]).to_parquet(tmp_path / "b.parquet")
-        with pytest.raises(ValueError, match="cannot be decoded in row 0"):
+        with pytest.raises(ValueError, match=r"1 image that cannot be used: row 0 \(not an image\); replace"):
             load_data(tmp_path / "a.parquet")
-        with pytest.raises(ValueError, match="rows without an image"):
+        with pytest.raises(ValueError, match=r"row 0 \(the row has no image\)"):
             load_data(tmp_path / "b.parquet")
 
 

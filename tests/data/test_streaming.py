@@ -228,13 +228,13 @@ class TestWorkers:
 
 class TestBrokenImages:
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_error_names_the_row_and_has_no_traceback(self, tmp_path, workers):
+    def test_error_names_the_file_and_has_no_traceback(self, tmp_path, workers):
         for number in range(4):
             (tmp_path / "a").mkdir(exist_ok=True)
             photograph(number).save(tmp_path / "a" / f"{number}.png")
         (tmp_path / "a" / "2.png").write_bytes(b"no image")
         data = stream_data(tmp_path, size=SIZE, workers=workers)
-        message = r"\[train\] has an image that cannot be decoded in row 2 \(Unidentified.*; fetch the data again"
+        message = r"\[train\] has 1 image that cannot be used: /.*/a/2\.png \(not an image\); replace"
         with pytest.raises(ValueError, match=message) as caught:
             list(data.batches(2))
         assert "\n" not in str(caught.value)

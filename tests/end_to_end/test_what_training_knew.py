@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.models import save_for_hf
 from torch import nn
 
 import timm_fsr
@@ -156,12 +157,17 @@ def test_a_folder_that_lacks_a_class(place, best, tmp_path):
     assert report.conditions["classes"] == sorted(COLOURS)
 
 
-def test_parquet_with_the_classes_in_another_order(place, best, tmp_path):
+def write_parquet(folder: Path, file: Path) -> None:
+    """The pictures of a folder with their classes in another order."""
     names = ["class 9", "Class 10", "Zebra one"]
-    paths = sorted((place / "data" / "test").glob("*/*.png"))
+    paths = sorted(folder.glob("*/*.png"))
     columns = {"image": [str(path) for path in paths], "label": [names.index(path.parent.name) for path in paths]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "test.parquet")
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(file)
+
+
+def test_parquet_with_the_classes_in_another_order(place, best, tmp_path):
+    write_parquet(place / "data" / "test", tmp_path / "test.parquet")
     report = evaluated(best, tmp_path / "test.parquet", tmp_path / "out")
     assert report.accuracy["clean"] == truth(best, place / "data" / "test")
 
@@ -190,6 +196,84 @@ def test_fine_tuning_takes_the_size_from_the_model(place, best, tmp_path, capsys
     assert "data.size=20, data.channels=3, as" in capsys.readouterr().out
     assert json.loads((again / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 20, 20]
     assert Report.load(again / "report.json").accuracy["clean"] == truth(again, place / "others" / "test")
+
+
+def test_fine_tuning_on_the_same_classes_in_another_order_goes_on_with_the_head(
+    place, best, tmp_path, capsys, monkeypatch
+):
+    for split in ("train", "test"):
+        write_parquet(place / "data" / split, tmp_path / f"{split}-0.parquet")
+    flags = [
+        f"--model.name={best}",
+        "--model.layer_args={}",
+        "--optim.epochs=1",
+        "--optim.lr=1e-6",
+        "--checkpoint.keep=9",
+    ]
+    again = train(tmp_path / "run", tmp_path, *flags)
+    printed = capsys.readouterr().out
+    assert "has the model's classes in another order: 'class 9' is label 0 there and output 2 of the model" in printed
+    assert json.loads((again / "config.json").read_text())["pretrained_cfg"]["label_names"] == sorted(COLOURS)
+    before, after = truth(best, place / "data" / "test"), truth(again, place / "data" / "test")
+    assert Report.load(again / "report.json").accuracy["clean"] == after
+    assert after > before - 0.2, "the head was taken for one of other classes"
+    train(tmp_path / "run", tmp_path, *flags, "--resume=true")
+    with monkeypatch.context() as patch:  # as runs began before
+        patch.setattr("timm_fsr.training.prepare.class_names", lambda _: None)
+        train(tmp_path / "old", tmp_path, *flags)
+    old = train(tmp_path / "old", tmp_path, *flags, "--resume=true")
+    assert json.loads((old / "config.json").read_text())["pretrained_cfg"]["label_names"][0] == "class 9"
+
+
+def test_a_folder_as_people_have_it(place, tmp_path, capsys):
+    """Splits by other names, photographs of all sizes, an empty class, hidden files, and broken ones."""
+    for split, name in (("train", "Training"), ("test", "Testing")):
+        for path in sorted((place / "data" / split).glob("*/*.png")):
+            file = tmp_path / "data" / name / path.parent.name / path.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.open(path)
+            picture.resize((20 + int(path.stem) % 3, 24)).save(file)
+            (file.parent / f"._{path.name}").write_bytes(b"resources of macOS")
+        (tmp_path / "data" / name / "new").mkdir()
+    (tmp_path / "data" / "__MACOSX" / "Training").mkdir(parents=True)
+    (tmp_path / "data" / "Training" / "class 9" / "1.png").write_bytes(b"x")
+    (tmp_path / "data" / "Testing" / "class 9" / "2.png").write_bytes(b"x")
+    (tmp_path / "data" / "Testing" / "Zebra one" / "3.png").write_bytes(b"")
+    common = ["train", f"--data.source={tmp_path / 'data'}", "--data.held_out=null", "--optim.epochs=1"]
+    common += [
+        "--optim.batch_size=16",
+        "--attack.steps=1",
+        "--evaluation.attacks=[fgsm]",
+        f"--output={tmp_path / 'run'}",
+    ]
+    common += ["--evaluation.validation_steps=1", "--model.layer_args.fsr.hidden=4"]
+    assert main(common) == 2
+    error = capsys.readouterr().err
+    assert "[train] has 1 image that cannot be used" in error
+    assert f"{tmp_path}/data/Training/class 9/1.png (not an image); replace them, or set data.on_error=skip" in error
+    (tmp_path / "data" / "Training" / "class 9" / "1.png").unlink()
+    assert main(common) == 2, "what the final evaluation would meet is known before the training"
+    error = capsys.readouterr().err
+    assert "Testing/Zebra one/3.png (not an image), " in error
+    assert "Testing/class 9/2.png (not an image); replace them" in error
+    run(*common, "--data.on_error=skip")
+    printed = capsys.readouterr().out
+    assert "[train] has no images of 'new' (an empty folder)" in printed
+    assert (
+        "[train] has images of different sizes, 24x20 to 24x22: all were scaled and centre-cropped to 32x32" in printed
+    )
+    assert "without held-out (4 of 41, seed 0)" in printed
+    report = Report.load(tmp_path / "run" / "report.json")
+    assert (report.count, report.conditions["skipped_images"]) == (22, 2)
+    assert "was read without 2 images that cannot be used: Zebra one/3.png (not an image), class 9/2.png" in str(
+        report.notes
+    )
+    best = tmp_path / "run" / "best"
+    assert main(["evaluate", str(best), "--data", str(tmp_path / "data"), "--attacks", "fgsm"]) == 2
+    assert "class 9/2.png (not an image); replace them, or add --on-error skip" in capsys.readouterr().err
+    again = evaluated(best, tmp_path / "data", tmp_path / "out", "--on-error", "skip", "--eps", "8/255")
+    assert again.accuracy == report.accuracy
+    assert again.conditions["skipped_images"] == 2
 
 
 def test_weights_of_timm_are_read_in_its_order(place, best, tmp_path, capsys):
@@ -222,6 +306,22 @@ def test_weights_of_timm_are_read_in_its_order(place, best, tmp_path, capsys):
         "resnet_tiny_cifar", place / "data", tmp_path / "named", *flags, "--classes", tmp_path / "names.txt"
     )
     assert named.accuracy["clean"] == figure
+
+
+def test_weights_of_timm_are_shown_its_own_crop(place, tmp_path, capsys):
+    """A folder that timm wrote: its crop is no leftover of an architecture, but what its own scripts use."""
+    model = timm.create_model("resnet_tiny_cifar", num_classes=3)
+    config = {"input_size": (3, 20, 20), "crop_pct": 0.6, "interpolation": "bilinear", "label_names": sorted(COLOURS)}
+    model.pretrained_cfg |= {**config, "num_classes": 3}
+    save_for_hf(model, tmp_path / "timms")
+    figure = truth(tmp_path / "timms", place / "data" / "test")
+    report = evaluated(tmp_path / "timms", place / "data", tmp_path / "out")
+    assert report.accuracy["clean"] == figure
+    assert report.conditions["crop"] == "crop_pct 0.6, center, bilinear"
+    assert "as the model's configuration says (crop_pct 0.6, center, bilinear); --size" in capsys.readouterr().out
+    whole = evaluated(tmp_path / "timms", place / "data", tmp_path / "whole", "--size", 20)
+    assert "were scaled whole, but the model's configuration crops them" in whole.notes[0]
+    assert whole.conditions["data_fingerprint"] != report.conditions["data_fingerprint"]
 
 
 def test_a_thousand_classes_on_three_folders_is_said_first(place, tmp_path, capsys):

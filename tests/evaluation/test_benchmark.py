@@ -14,6 +14,7 @@ from support.tiny import tiny_resnet, with_fsr
 
 import timm_fsr
 from timm_fsr.cli.main import main
+from timm_fsr.data.streaming import stream_data
 from timm_fsr.evaluation.benchmark import assess, load_entry
 from timm_fsr.models.saving import save_pretrained
 from timm_fsr.reports.report import Report
@@ -130,6 +131,27 @@ class TestAssess:
         report = assess(tiny_resnet(in_chans=1), data, tmp_path, attacks=["fgsm"], name="mine")
         assert report.to_dict() == Report.load(tmp_path / "report.json").to_dict()
         assert load_entry(tmp_path).title == "mine"
+
+    def test_streamed_images(self, tmp_path, monkeypatch):
+        """The same report as of images in memory, but for the fingerprint, which has no pixels in it."""
+        evidence = {"images": 3, "findings": []}
+        monkeypatch.setattr("timm_fsr.evaluation.benchmark.gather_evidence", lambda *_, **__: evidence)
+        data = timm_fsr.load_data("fashion_mnist", "test", limit=10)
+        streamed = stream_data("fashion_mnist", "test", size=28, limit=10, workers=0)
+        model = tiny_resnet(in_chans=1)
+        options = {"attacks": ["fgsm"], "evidence_images": 3, "batch_size": 4}
+        one, other = (
+            assess(model, images, tmp_path / name, **options) for name, images in (("a", data), ("b", streamed))
+        )
+        assert other.conditions["data_fingerprint"] == streamed.fingerprint
+        for report in (one, other):
+            del report.conditions["data_fingerprint"]
+        calibrations = [report.calibration["clean"].pop("negative_log_likelihood") for report in (one, other)]
+        assert calibrations[0] == pytest.approx(calibrations[1])
+        assert one.to_dict().keys() == other.to_dict().keys()
+        for key in ("correct", "attacks", "labels", "notes", "conditions", "evidence"):
+            assert one.to_dict().get(key) == other.to_dict().get(key)
+        assert load_entry(tmp_path / "a").examples == load_entry(tmp_path / "b").examples
 
     def test_later_runs_do_not_lose_what_is_known(self, tmp_path, monkeypatch):
         """Else leaving out an attack, or the evidence, would make a report look better."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 import timm_fsr
 from timm_fsr.data.dataset import ImageData
 from timm_fsr.data.streaming import stream_data
-from timm_fsr.evaluation.classes import in_order_of, match_classes, match_names, read_classes
+from timm_fsr.evaluation.classes import in_order_of, judged_data, match_classes, match_names, read_classes
 from timm_fsr.evaluation.corruptions import corruption_accuracy
+from timm_fsr.models.description import own_crop
 
 SIZE = 32
 
@@ -43,6 +45,28 @@ def pictures(levels: list[int], classes: list[str], labels: list[int], *, named:
 KNOWN = ["cat", "dog", "emu"]
 
 
+class TestWhatAReaderHasToKnow:
+    def test_of_how_the_images_were_read(self):
+        data = replace(pictures([0, 1, 2], KNOWN, [0, 1, 2]), notes=("one was broken",), skipped=1)
+        judged = judged_data(Brightness(3, KNOWN), data)
+        assert (judged.notes, judged.conditions["skipped_images"]) == (("one was broken",), 1)
+        report = timm_fsr.evaluate(Brightness(3, KNOWN), data, attacks=[])
+        assert report.notes == ("one was broken",)
+        assert report.conditions["skipped_images"] == 1
+
+    def test_of_a_crop_that_the_model_had_in_training(self):
+        model = Brightness(3, KNOWN)
+        model.pretrained_cfg["crop_pct"] = 0.875
+        data = pictures([0, 1, 2], KNOWN, [0, 1, 2])
+        scaled = replace(data, stored=(3, 50, 50))
+        (note,) = judged_data(model, scaled).notes
+        assert "were scaled whole, but the model's configuration crops them (crop_pct 0.875, center, bicubic)" in note
+        assert judged_data(model, data).notes == ()
+        assert judged_data(model, replace(data, stored=data.image_size)).notes == ()
+        cropped = judged_data(model, replace(scaled, crop=own_crop(model)))
+        assert (cropped.notes, cropped.conditions["crop"]) == ((), "crop_pct 0.875, center, bicubic")
+
+
 class TestMatching:
     @pytest.mark.parametrize(
         ("known", "classes", "labels", "named", "found", "said"),
@@ -58,6 +82,19 @@ class TestMatching:
             (["0", "1", "2"], ["0", "1", "2"], [0, 2, 1], False, [0, 2, 1], ""),
             (["0", "1", "2"], KNOWN, [0, 1, 2], True, [0, 1, 2], "knows no names"),
             (None, KNOWN, [0, 1, 2], True, [0, 1, 2], ""),
+            (["100", "200"], ["100", "200"], [1, 0], False, [1, 0], ""),
+            (["100", "200"], ["200"], [0, 0], False, [1, 1], "does not have 1 of the model's 2 classes: '100'"),
+            ([*map(str, range(30))], ["5", "25"], [0, 1], False, [5, 25], "does not have 28"),
+            (
+                [f"c{n}" for n in range(30)],
+                ["5", "25"],
+                [0, 1],
+                False,
+                [5, 25],
+                "plain numbers.* 5 is 'c5', 25 is 'c25'",
+            ),
+            (None, ["2", "1"], [0, 1], False, [2, 1], "label 2 .'2'. was read as the model's output 2"),
+            (None, ["100", "200", "300"], [0, 2], False, [0, 2], "label 100 .'100'. was read as the model's output 0"),
             (None, ["0", "1"], [0, 1, 1], False, [0, 1, 1], "the model has 3 classes and knows no names.* has 2"),
         ],
     )
@@ -85,7 +122,7 @@ class TestMatching:
             (KNOWN, ["0", "1", "2"], [0, 1, 2], True, r"does not know: '0', '1', '2'"),
             (["0", "1", "2"], ["0", "1", "cat"], [0, 1, 2], True, r"does not know: 'cat'"),
             (["1", "10", "2"], ["0", "1", "2"], [0, 1, 2], False, r"does not know: '0'"),
-            (KNOWN, [str(n) for n in range(4)], [0, 3], False, r"label 3 \('3'\), but the model has 3 classes"),
+            (KNOWN, [str(n) for n in range(4)], [0, 3], False, r"label 3, but the model has 3 classes"),
             (None, [*KNOWN, "fox"], [0, 3], True, r"label 3 \('fox'\), but the model has 3 classes"),
         ],
     )
@@ -211,6 +248,13 @@ class TestFigures:
         pytest.importorskip("imagecorruptions")
         found = corruption_accuracy(model, data, names=["pixelate"], severities=[1])
         assert found == {"pixelate": {1: 1.0}}
+
+    def test_corruptions_say_how_labels_were_read(self, model, data):
+        pytest.importorskip("imagecorruptions")
+        found = corruption_accuracy(model, data, names=["pixelate"], severities=[1])
+        assert any("its labels were matched by name" in note for note in found.notes)
+        images, labels = next(data.batches(2))
+        assert corruption_accuracy(model, (images, labels), names=["pixelate"], severities=[1]).notes == ()
 
     def test_evidence(self, model, data):
         pytest.importorskip("pyautoattack")

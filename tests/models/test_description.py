@@ -15,7 +15,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 import timm_fsr
-from timm_fsr.models.description import check_runs, class_names, describe, input_size
+from timm_fsr.data.streaming import stream_data
+from timm_fsr.models.description import check_runs, class_names, describe, input_size, own_crop
 from timm_fsr.models.pixel import as_pixel_model
 from timm_fsr.models.saving import load, save_pretrained
 from timm_fsr.utils.errors import ImageSizeError
@@ -145,6 +146,63 @@ class TestPixels:
         largest, mean = (1e-5, 1e-5) if stored[0] == stored[1] else (0.12, 0.025)  # of a picture with steep edges
         assert float(difference.max()) <= largest
         assert float(difference.mean()) <= mean
+
+
+@pytest.mark.parametrize("name", ["resnet_tiny_cifar", "resnet18"])
+def test_names_go_with_the_classifier_of_a_plain_model_that_timm_alone_has_loaded(tmp_path, name):
+    model = timm.create_model(name, num_classes=3)
+    describe(model, classes=["a", "b", "c"], image_size=(3, 32, 32))
+    save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert class_names(again) == ("a", "b", "c")
+    again.reset_classifier(3)
+    assert class_names(again) is None
+    assert class_names(timm.create_model(f"local-dir:{tmp_path}", pretrained=True)) == ("a", "b", "c")
+
+
+class TestOwnCrop:
+    """Weights of timm are shown the pixels of timm's own scripts."""
+
+    @pytest.mark.parametrize("stored", [(64, 64), (60, 45), (31, 77), (20, 20)])
+    @pytest.mark.parametrize("config", [{"crop_pct": 0.875}, {"crop_pct": 0.9, "interpolation": "bilinear"}])
+    @pytest.mark.parametrize("mode", ["center", "squash", "border"])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_to_the_bit(self, tmp_path, stored, config, mode, channels):
+        size = (channels, *stored) if channels > 1 else stored
+        pixels = torch.randint(256, size, generator=torch.Generator().manual_seed(0)).byte()
+        (tmp_path / "a").mkdir()
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy() if channels > 1 else pixels.numpy())
+        picture.save(tmp_path / "a" / "0.png")
+        model = tiny_resnet(num_classes=3, in_chans=channels)
+        model.pretrained_cfg |= {
+            "input_size": (channels, 24, 24),
+            "crop_mode": mode,
+            "mean": (0.5,) * channels,
+            **config,
+        }
+        transform = create_transform(**resolve_data_config({}, model=model), is_training=False, normalize=False)
+        data = timm_fsr.load_data(tmp_path, size=24, crop=own_crop(model))
+        streamed = stream_data(tmp_path, size=24, crop=own_crop(model), workers=0)
+        assert torch.equal(data.images[0], transform(picture))
+        assert torch.equal(next(streamed.batches(1))[0], next(data.batches(1))[0])
+        assert streamed.fingerprint != stream_data(tmp_path, size=24, workers=0).fingerprint
+
+    def test_images_of_that_size_are_left_alone(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        Image.new("RGB", (24, 24), (9, 8, 7)).save(tmp_path / "a" / "0.png")
+        model = tiny_resnet()
+        model.pretrained_cfg |= {"crop_pct": 0.5}
+        data = timm_fsr.load_data(tmp_path, size=24, crop=own_crop(model))
+        assert data.fingerprint == timm_fsr.load_data(tmp_path).fingerprint
+
+    def test_models_that_were_trained_here_have_none(self):
+        model = tiny_resnet(num_classes=3)
+        model.pretrained_cfg |= {"crop_pct": 0.875, "interpolation": "bilinear"}
+        assert own_crop(model).share == 0.875
+        describe(model, classes=["a", "b", "c"], image_size=(3, 40, 40))
+        assert own_crop(model) is None
+        assert own_crop(nn.Linear(2, 2)) is None
+        assert own_crop(load("resnet_tiny_cifar_fsr.at_fashion_mnist", pretrained=True)) is None
 
 
 class TestSizes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from timm_fsr.data.augment import Augmentation, ResizedCrop
 from timm_fsr.data.dataset import ImageData
@@ -77,6 +78,56 @@ class TestStreamed:
             assert isinstance(data, StreamedData)
             assert (data.name, data.workers) == (expected.name, 0)
             assert torch.equal(next(data.batches(60))[0], next(expected.batches(60))[0])
+
+
+def photographs(folder: Path, count: int) -> str:
+    """Two classes of noise."""
+    for number in range(count):
+        file = folder / ("ant", "owl")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        side = 8 + number % 3
+        Image.fromarray(np.full((side, 9, 3), number, np.uint8)).save(file)
+    return str(folder)
+
+
+class TestHeldOut:
+    @pytest.mark.parametrize(("images", "held_out"), [(4, 1), (30, 3), (60, 6)])
+    def test_is_a_tenth_of_a_small_folder(self, tmp_path, images, held_out):
+        options = DataOptions(source=photographs(tmp_path, images), size=8)
+        rest, held = options.build(seed=0, progress=False)
+        assert (len(rest), len(held)) == (images - held_out, held_out)
+
+    def test_is_what_it_was_where_there_are_plenty(self):
+        named, default = (DataOptions(held_out=held).build(seed=3, progress=False) for held in (1000, None))
+        assert [part.name for part in named] == [part.name for part in default]
+        assert named[1].fingerprint == default[1].fingerprint
+
+    def test_too_few_images(self, tmp_path):
+        source = photographs(tmp_path, 5)
+        with pytest.raises(ValueError, match=r"hold out 1000 of the 5 images .* lower data\.held_out \(null"):
+            DataOptions(source=source, size=8, held_out=1000).build(seed=0, progress=False)
+        with pytest.raises(ValueError, match="hold out 1 of the 1 images"):
+            DataOptions(source=source, size=8, limit_train=1).build(seed=0, progress=False)
+
+
+class TestReading:
+    def test_test_images_get_the_size_of_the_training_images(self, tmp_path):
+        options = DataOptions(source=photographs(tmp_path, 9), test_split="train")
+        rest, _ = options.build(seed=0, progress=False, mixed_size=(6, 5))
+        assert rest.image_size == (3, 6, 5)
+        assert options.build_test(rest.classes, progress=False, image_size=rest.image_size).image_size == (3, 6, 5)
+        sized = DataOptions(source=str(tmp_path), test_split="train", size=4)
+        assert sized.build_test(rest.classes, progress=False, image_size=(3, 6, 5)).image_size == (3, 4, 4)
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_broken_images(self, tmp_path, streamed):
+        source = photographs(tmp_path, 9)
+        (tmp_path / "ant" / "0.png").write_bytes(b"x")
+        options = DataOptions(source=source, size=8, streamed=streamed, workers=0)
+        with pytest.raises(ValueError, match=r"ant/0\.png \(not an image\); replace them, or set data\.on_error=skip"):
+            options.build(seed=0, progress=False)
+        rest, held = replace(options, on_error="skip").build(seed=0, progress=False)
+        assert (len(rest) + len(held), rest.skipped) == (8, 1)
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,7 @@ class TestYAML:
             channels=3,
             limit_train=100,
             limit_test=50,
+            on_error="skip",
             held_out=10,
             crop_padding=2,
             flip=False,

@@ -280,6 +280,13 @@ class TestAnotherRun:
         with pytest.raises(ValueError, match=r"other training images \(by fingerprint\)"):
             train(tiny(whole, *FLAGS, "--resume=true"))
 
+    def test_but_the_number_held_out_may_be_left_to_what_it_was(self, whole, tmp_path, monkeypatch):
+        """As by a recipe that took 1,000 images without naming them, when that was the default."""
+        copied = shutil.copytree(whole, tmp_path / "run")
+        monkeypatch.setattr(Trainer, "take_step", lambda *_, **__: pytest.fail("it trained again"))
+        train(tiny(copied, *FLAGS, "--resume=true", "--data.held_out=null"))
+        assert "held_out: 20" in (copied / "recipe.yaml").read_text()
+
     def test_but_another_final_evaluation_is_no_other_run(self, whole, tmp_path, monkeypatch):
         copied = shutil.copytree(whole, tmp_path / "run")  # the other tests compare with the run as it was
         monkeypatch.setattr(Trainer, "take_step", lambda *_, **__: pytest.fail("it trained again"))

@@ -265,7 +265,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("flag", "message"),
         [
-            ("--optim.batch_size=101", "100 training images do not fill a batch of 101; lower optim.batch_size"),
+            (
+                "--optim.batch_size=101",
+                r"of 120 training images 20 are held out \(data.held_out\), and the other 100 do not",
+            ),
             ("--data.held_out=120", "cannot hold out 120 of the 120 images"),
             ("--data.source=nowhere.parquet", "there is no file or folder"),
             ("--data.train_split=trian", "no split 'trian'; use one of: train, test"),

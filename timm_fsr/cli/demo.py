@@ -128,7 +128,7 @@ def _adapted(recipe: Recipe, output: Path, epochs: int | None, limit: int | None
     """The recipe with what the command line asked for."""
     data, optim = recipe.data, recipe.optim
     if limit is not None:
-        held_out = min(data.held_out, limit // 4)
+        held_out = min(data.held_out or limit, limit // 4)
         if limit - held_out < optim.batch_size:
             raise ValueError(
                 f"limit={limit} leaves too few images for a training batch of {optim.batch_size}; use 200 or more"

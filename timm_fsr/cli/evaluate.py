@@ -15,7 +15,9 @@ from timm_fsr.cli.loading import default_device, given_device, load_model
 from timm_fsr.cli.parsers.evaluate import EPS, NORM, evaluate_parser
 from timm_fsr.cli.threat import check_data, fill_data, fill_threat
 from timm_fsr.data.dataset import ImageData, load_data
-from timm_fsr.data.sources import is_image_folder, other_class_order
+from timm_fsr.data.decoding import BrokenImagesError
+from timm_fsr.data.folders import other_class_order
+from timm_fsr.data.sources import is_image_folder
 from timm_fsr.evaluation.benchmark import PAGE, REPORT, assess, check_extras
 from timm_fsr.evaluation.classes import judged_data, read_classes
 from timm_fsr.evaluation.display import evaluation_display
@@ -30,7 +32,7 @@ from timm_fsr.evaluation.estimate import (
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.registry import check_names
 from timm_fsr.evaluation.saved_images import rescore
-from timm_fsr.models.description import check_runs, class_names, input_size, size_text
+from timm_fsr.models.description import check_runs, class_names, input_size, own_crop, size_text
 from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.models.saving import load, saved_here, training_recipe, training_report
 from timm_fsr.reports.report import WORST_CASE, Report
@@ -200,23 +202,31 @@ def _check_threat(options: argparse.Namespace) -> None:
 def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: bool) -> ImageData:
     """The images as the model was trained on them, as far as the flags do not say otherwise."""
     size, channels = options.size, options.channels
+    crop = None
     known = input_size(model)
     if known is not None:
         channels = channels or (known[0] if known[0] in (1, 3) else None)
         if size is None and options.checkpoint is None:  # a file of weights does not say what they were trained on
             size = known[1:]
-    data = load_data(
-        options.data,
-        options.split,
-        config=options.config,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        size=size,
-        channels=channels,
-        class_order=_class_order(options, model),
-        limit=options.limit,
-        progress=progress,
-    )
+            crop = None if saved_here(options.model) else own_crop(model)
+    try:
+        data = load_data(
+            options.data,
+            options.split,
+            config=options.config,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            size=size,
+            channels=channels,
+            mixed_size=None if known is None else known[1:],
+            crop=crop,
+            class_order=_class_order(options, model),
+            limit=options.limit,
+            on_error=options.on_error,
+            progress=progress,
+        )
+    except BrokenImagesError as error:
+        raise BrokenImagesError(error.found, "add --on-error skip to go on without such images") from error
     try:
         check_runs(as_pixel_model(model), data.image_size)
     except ImageSizeError as error:
@@ -257,6 +267,11 @@ def _say_before(
     ):
         before = size_text(data.stored)
         console.print(f"images are shown to the model as {size_text(data.image_size)}; the first is {before}")
+    if data.crop is not None:
+        console.print(
+            f"images of another size are scaled and cropped as the model's configuration says ({data.crop}); --size "
+            "scales them whole"
+        )
     for note in notes:
         console.print(note, markup=False)
     return notes

@@ -38,7 +38,7 @@ _FEWER_WORKERS = (
     "--optim.batch_size; a training that has saved a checkpoint goes on with --resume=true"
 )
 
-_READING = ("size", "channels", "limit", "split", "config", "image_column", "label_column", "class_order")
+_READING = ("size", "channels", "limit", "split", "config", "image_column", "label_column", "class_order", "on_error")
 _FLAGS: dict[str, tuple[str, ...]] = {
     "evaluate": (*_READING, "norm", "eps", "attacks", "seed", "batch_size"),
     "demo": ("epochs", "limit", "seed"),

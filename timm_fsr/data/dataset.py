@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from timm_fsr.data.decoding import CHUNK, Rows, check_range, mode_of
+from timm_fsr.data.decoding import ModelCrop, Rows, check_range
 from timm_fsr.data.sources import open_rows
-from timm_fsr.utils.memory import check_memory
+from timm_fsr.utils import defaults
+from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.random import derive_generator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+ON_ERROR = defaults.ON_ERROR
+"""What becomes of images that cannot be used."""
+
+_SHOWN = 10  # classes that a sentence names
 
 
 class Images(ABC):
@@ -30,12 +36,18 @@ class Images(ABC):
         classes: the name of each class.
         name: where the images came from, for logs and reports.
         named: whether `classes` are names; False where the source has plain numbers, which then stand for them.
+        notes: what a reader has to know of how the images were read, as sentences.
+        skipped: how many images of the source were left out because they cannot be used.
+        crop: how they were scaled and cropped, if not bicubically and to the centre of the whole.
     """
 
     labels: Tensor
     classes: tuple[str, ...]
     name: str
     named: bool
+    notes: tuple[str, ...]
+    skipped: int
+    crop: ModelCrop | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,6 +131,9 @@ class ImageData(Images):
         name: where the images came from, for logs and reports.
         named: whether `classes` are names; False where the source has plain numbers, which then stand for them.
         stored: channels, height and width of the first image before it was scaled and converted, if that is known.
+        notes: see `Images`, as are the next two.
+        skipped: see `notes`.
+        crop: see `notes`.
 
     Raises:
         ValueError: the tensors have other types, shapes or ranges than these.
@@ -130,6 +145,9 @@ class ImageData(Images):
     name: str
     named: bool = True
     stored: tuple[int, int, int] | None = None
+    notes: tuple[str, ...] = ()
+    skipped: int = 0
+    crop: ModelCrop | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -199,8 +217,11 @@ def load_data(
     classes: Sequence[str] | None = None,
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
+    mixed_size: int | tuple[int, int] | None = None,
+    crop: ModelCrop | None = None,
     class_order: str = "codepoint",
     limit: int | None = None,
+    on_error: str = "stop",
     progress: bool = True,
 ) -> ImageData:
     """Reads and decodes one split of an image classification data set.
@@ -211,27 +232,34 @@ def load_data(
             folder of IDX files as MNIST has them; an `.npz` file with arrays "image", uint8 (N, H, W, 3) or
             (N, H, W), and "label", whole numbers (N,); else the id of a data set on the Hub.
         split: `"train"`, `"test"` or another name that the source has. A Parquet file, a glob or an `.npz` file is
-            one split: either its name begins with `split`, or `split` is left at the default.
+            one split: either its name begins with `split`, or `split` is left at the default. Where no split is called
+            so, one that means the same is taken: "Training" for "train", "val" for "validation". Hidden files and
+            folders, `__MACOSX` and the like are skipped.
         config: the configuration, for a Hub data set with several.
         image_column: the column with images; found by its usual names if not given.
         label_column: the column with labels; found by its usual names if not given.
         classes: class names in label order, to make a test split agree with its train split.
         size: (height, width), or both in one number, that images are scaled (bicubic) and centre-cropped to.
         channels: 1 for grey or 3 for RGB; whichever the images have if not given.
+        mixed_size: the size that images get, as by `size`, if that is not given and they are not all of one size.
+        crop: how images get that size, in place of scaling and centre-cropping: what
+            `timm_fsr.models.description.own_crop` says of a model of timm.
         class_order: how class folders are numbered where `classes` does not say: "codepoint" (Zebra, apple, class10,
             class9), or "timm" as timm's own scripts do (apple, class9, class10, Zebra).
         limit: the largest number of images to decode, each class in its share and always the same ones.
+        on_error: what becomes of images that cannot be used, such as broken files: "stop" names all of them in an
+            error, "skip" leaves them out and counts them.
         progress: show on stderr how far it is.
 
     Returns:
-        The split on the CPU, in its stored order.
+        The split on the CPU, in its stored order. Its `notes` say what was left out or changed.
 
     Raises:
         FileNotFoundError: the path does not exist (one that could be a Hub id, "a/b", is looked for there: ValueError).
         ValueError: the source, split, column, label or image cannot be read; the message says what to change.
     """
-    box = (size, size) if isinstance(size, int) else size
-    check_format(box, channels)
+    box, mixed_box = box_of(size), box_of(mixed_size)
+    check_format(box, channels, on_error)
     rows = open_rows(
         os.fspath(source),
         split,
@@ -241,11 +269,33 @@ def load_data(
         class_order=class_order,
     )
     chosen = choose(rows, tuple(classes) if classes else None, limit)
-    first = rows.read(chosen.indices[:1].tolist())
-    stored = (1 if mode_of(first) == "L" else 3, first[0].height, first[0].width)
-    _check_fits(chosen, (channels or stored[0], *(box or stored[1:])))
-    images = rows.decode(chosen.indices.tolist(), size=box, channels=channels, progress=progress)
-    return ImageData(images, chosen.labels, chosen.classes, chosen.name, chosen.named, stored)
+    decoded = rows.decode(
+        chosen.indices.tolist(),
+        size=box,
+        channels=channels,
+        progress=progress,
+        mixed_size=mixed_box,
+        crop=crop,
+        skip=on_error == "skip",
+    )
+    notes = [*chosen.notes, *skipped_note(rows, decoded.broken)]
+    if decoded.sizes.mixed:
+        height, width = decoded.images.shape[2:]
+        notes.append(
+            f"{rows.name} has images of different sizes, {decoded.sizes}: all were scaled and centre-cropped to "
+            f"{height}x{width}"
+        )
+    return ImageData(
+        decoded.images,
+        chosen.labels[decoded.kept],
+        chosen.classes,
+        chosen.name,
+        chosen.named,
+        decoded.stored,
+        tuple(notes),
+        len(decoded.broken),
+        crop,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,6 +308,7 @@ class Chosen:
         classes: the name of each class.
         name: where they come from, for logs and reports.
         named: whether `classes` are names rather than plain numbers.
+        notes: what a reader has to know of them, as sentences.
     """
 
     indices: Tensor
@@ -265,6 +316,7 @@ class Chosen:
     classes: tuple[str, ...]
     name: str
     named: bool
+    notes: tuple[str, ...] = ()
 
 
 def choose(rows: Rows, classes: tuple[str, ...] | None, limit: int | None) -> Chosen:
@@ -277,29 +329,50 @@ def choose(rows: Rows, classes: tuple[str, ...] | None, limit: int | None) -> Ch
         raise ValueError(f"limit={limit} leaves no images; use 1 or more, or None for all of them")
     labels, names = rows.encode(classes)
     named = rows.named or classes is not None
+    notes = tuple(_notes_on_classes(rows, labels, names, named=named))
     if limit is None or limit >= len(labels):
-        return Chosen(torch.arange(len(labels)), labels, names, rows.name, named)
+        return Chosen(torch.arange(len(labels)), labels, names, rows.name, named, notes)
     indices = _stratified(labels, limit, seed=0)
-    return Chosen(indices, labels[indices], names, f"{rows.name} limited to {limit}", named)
+    return Chosen(indices, labels[indices], names, f"{rows.name} limited to {limit}", named, notes)
 
 
-def check_format(size: tuple[int, int] | None, channels: int | None) -> None:
-    """Raise ValueError for a (height, width) or a number of channels that no image can have."""
+def skipped_note(rows: Rows, broken: Mapping[int, str]) -> Iterator[str]:
+    """A sentence on images that were left out, by index with the reason, if there are any."""
+    if broken:
+        yield f"{rows.name} was read without {rows.describe_broken(broken, most=5, short=True)}"
+
+
+def box_of(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """(height, width), which may be given in one number."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_format(size: tuple[int, int] | None, channels: int | None, on_error: str = "stop") -> None:
+    """Raise ValueError for a (height, width) or a number of channels that no image can have, or an unknown policy."""
+    if on_error not in ON_ERROR:
+        raise ValueError(unknown("on_error", on_error, list(ON_ERROR)))
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); leave it out to keep what images have")
     if size is not None and min(size) < 1:
         raise ValueError(f"size={size} is no image size; use (height, width) of 1 or more, or None to keep it")
 
 
-def _check_fits(chosen: Chosen, image_size: tuple[int, int, int]) -> None:
-    """Refuse images that the memory cannot hold: all of them decoded, and the pictures of one chunk."""
-    channels, height, width = image_size
-    count = len(chosen.indices)
-    check_memory(
-        (count + min(count, CHUNK)) * channels * height * width,
-        f"{count} images of {channels}x{height}x{width} pixels ({chosen.name})",
-        "choose a smaller size or a limit, or let a recipe decode them as they are needed (data.streamed=true)",
-    )
+def _notes_on_classes(rows: Rows, labels: Tensor, names: tuple[str, ...], *, named: bool) -> Iterator[str]:
+    """Sentences on classes without images, and on numbers with gaps that became classes."""
+    counts = labels.bincount(minlength=len(names))
+    lacking = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    if lacking:
+        shown = [f"{name!r} ({rows.empty[name]})" if name in rows.empty else repr(name) for name in lacking[:_SHOWN]]
+        more = f", ... ({len(lacking)} of {len(names)} classes)" if len(lacking) > _SHOWN else ""
+        yield f"{rows.name} has no images of {', '.join(shown)}{more}"
+    uncounted = [f"{name!r} ({content})" for name, content in rows.empty.items() if name not in names]
+    if uncounted:
+        yield f"{rows.name} has folders without images, which were not counted as classes: {', '.join(uncounted)}"
+    if not named and names != tuple(map(str, range(len(names)))):
+        yield (
+            f"the labels of {rows.name} are {len(names)} of the numbers from {names[0]} to {names[-1]}; each of them "
+            "became a class of that name"
+        )
 
 
 def _split_indices(labels: Tensor, held_out: int | float, *, seed: int, name: str) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import glob
 import gzip
-import os
 import pickle
 import re
 import zipfile
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from timm_fsr.data.decoding import ArrayPictures, Rows, TablePictures, one_line
+from timm_fsr.data.folders import check_class_order, find_split, is_junk, meaning_of, read_class_folders
 from timm_fsr.utils import defaults
-from timm_fsr.utils.errors import unknown
 
 if TYPE_CHECKING:
     import datasets
@@ -30,10 +28,9 @@ EMBEDDED = defaults.EMBEDDED
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-FOLDER_SPLITS = ("train", "validation", "valid", "val", "test")
-CLASS_ORDERS = defaults.CLASS_ORDERS
 IDX_IMAGES = "-images-idx3-ubyte.gz"
-IDX_NAMES = {"test": "t10k"}
+IDX_NAMES = {"train": "train", "test": "t10k"}
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 
 def open_rows(
@@ -50,25 +47,27 @@ def open_rows(
 
     With `mapped`, a table is mapped from the disk instead of held in memory: see `timm_fsr.data.streaming.stream_data`.
     """
-    if class_order not in CLASS_ORDERS:
-        raise ValueError(unknown("class_order", class_order, list(CLASS_ORDERS)))
+    check_class_order(class_order)
     path = Path(source).expanduser()
     if config is not None and (source == EMBEDDED or path.exists() or glob.has_magic(source)):
         raise ValueError(f"config={config!r} is for data sets of the Hub, and {source} is none; leave it out")
     if path.suffix == ".npz":
         return _npz_rows(path, split)
-    if source != EMBEDDED and path.is_dir() and any(path.glob("*" + IDX_IMAGES)):
+    if source != EMBEDDED and path.is_dir() and _has_idx(path):
         return _idx_rows(path, split)
-    table = _open_table(source, path, split, config, class_order, mapped)
+    if is_image_folder(source):
+        return _folder_rows(path, f"{source}[{split}]", split, class_order)
+    table = _open_table(source, path, split, config, mapped)
     return _table_rows(table, f"{source}[{split}]", image_column, label_column)
 
 
 def _idx_rows(folder: Path, split: str) -> Rows:
     """Rows of a folder of gzipped IDX files as MNIST has them, whose test split is called t10k."""
-    images = folder / f"{IDX_NAMES.get(split, split)}{IDX_IMAGES}"
+    present = [name for name, file in IDX_NAMES.items() if (folder / f"{file}{IDX_IMAGES}").exists()]
+    others = [path.name.removesuffix(IDX_IMAGES) for path in _seen(folder.glob("*" + IDX_IMAGES))]
+    found = find_split(split, [*present, *(name for name in others if name not in IDX_NAMES.values())], folder)
+    images = folder / f"{IDX_NAMES.get(found, found)}{IDX_IMAGES}"
     labels = Path(str(images).replace("-images-idx3-", "-labels-idx1-"))
-    if not images.exists():
-        raise _unknown_split(folder, split, ("train", "test"))
     try:
         # A header of 4-byte numbers comes first: magic, count, rows, columns; for labels only the first two.
         raw = gzip.decompress(images.read_bytes())
@@ -84,7 +83,7 @@ def _npz_rows(path: Path, split: str) -> Rows:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; check the path and the working directory")
     if split not in ("train", _split_of(path)):
-        raise _unknown_split(path, split, sorted({"train", _split_of(path)}))
+        find_split(split, sorted({"train", _split_of(path)}), path)
     needed = "save it with numpy.savez(path, image=images, label=labels)"
     try:
         with path.open("rb") as file:  # numpy leaves a broken file open that it has opened itself
@@ -114,13 +113,11 @@ def _npz_rows(path: Path, split: str) -> Rows:
     return Rows(f"{path}[{split}]", labels.tolist(), None, ArrayPictures(images))
 
 
-def _open_table(
-    source: str, path: Path, split: str, config: str | None, class_order: str, mapped: bool
-) -> datasets.Dataset:
+def _open_table(source: str, path: Path, split: str, config: str | None, mapped: bool) -> datasets.Dataset:
     if source == EMBEDDED:
         return _embedded(split)
-    if is_image_folder(source):
-        return _image_folder(path, split, class_order)
+    if path.suffix.lower() in ARCHIVES and path.is_file():
+        raise ValueError(f"{path} is an archive; unpack it, and point the source at the folder")
     if path.exists() or glob.has_magic(source):
         return _read_parquet(_parquet_files(path, split), source, mapped=mapped)
     return _hub(source, split, config)
@@ -128,70 +125,23 @@ def _open_table(
 
 def _embedded(split: str) -> datasets.Dataset:
     folder = resources.files(__package__) / "embedded" / EMBEDDED
-    with resources.as_file(folder / f"{split}.parquet") as path:
-        if not path.exists():
-            raise _unknown_split(EMBEDDED, split, ("train", "test"))
+    with resources.as_file(folder / f"{find_split(split, ('train', 'test'), EMBEDDED)}.parquet") as path:
         return _read_parquet([path], EMBEDDED)
 
 
 def is_image_folder(source: str) -> bool:
     """Whether the source is a folder of images, whose classes are folders in it."""
     path = Path(source).expanduser()
-    return source != EMBEDDED and path.is_dir() and not any(path.glob("*" + IDX_IMAGES)) and not _parquet_in(path)
+    return source != EMBEDDED and path.is_dir() and not _has_idx(path) and not _parquet_in(path)
 
 
-def in_class_order(names: Iterable[str], class_order: str) -> list[str]:
-    """Class folders in the order of their labels.
-
-    Args:
-        names: of the folders.
-        class_order: "codepoint" sorts names as Python does (Zebra, apple, class10, class9), "timm" as timm's own
-            scripts do: naturally, upper and lower case alike (apple, class9, class10, Zebra).
-    """
-    return sorted(sorted(names), key=_natural if class_order == "timm" else str)
-
-
-def other_class_order(classes: Sequence[str], class_order: str) -> tuple[str, list[str]] | None:
-    """The name of the other order and the classes in it; None if both orders are the same."""
-    other = next(name for name in CLASS_ORDERS if name != class_order)
-    found = in_class_order(classes, other)
-    return None if found == list(classes) else (other, found)
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Orders as timm's `natural_key` does, where a number begins every second part."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
-
-
-def _image_folder(folder: Path, split: str, class_order: str) -> datasets.Dataset:
-    """A table of the image paths in `folder[/split]/class/`, whose classes are the sorted folder names."""
+def _folder_rows(folder: Path, name: str, split: str, class_order: str) -> Rows:
+    """Rows of the images in `folder[/split]/class/`, which stay where they lie."""
     import datasets
 
-    root = folder / split
-    if not root.is_dir():
-        splits = [name for name in FOLDER_SPLITS if (folder / name).is_dir()]
-        if splits or split != "train":
-            raise _unknown_split(folder, split, splits or ("train",))
-        root = folder
-    found = (entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    classes = in_class_order(found, class_order)
-    endings = set(Image.registered_extensions())
-    files = {
-        name: [str(path) for path in sorted((root / name).rglob("*")) if path.suffix.lower() in endings]
-        for name in classes
-    }
-    if class_order == "timm":  # whose scripts do not count a folder without images
-        classes = [name for name in classes if files[name]]
-    paths = [(path, label) for label, name in enumerate(classes) for path in files[name]]
-    if not paths:
-        raise ValueError(
-            f"{root} holds neither Parquet nor IDX files nor images in one folder per class; "
-            "point the source at a folder with one of these"
-        )
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
-    columns = dict(zip(("image", "label"), map(list, zip(*paths, strict=True)), strict=True))
-    return datasets.Dataset.from_dict(columns, features=features)
+    found = read_class_folders(folder, split, class_order)
+    table = datasets.Dataset.from_dict({"image": found.paths}, features=datasets.Features({"image": datasets.Image()}))
+    return Rows(name, found.labels, found.classes, TablePictures.of(table, "image"), empty=found.empty)
 
 
 def _parquet_files(path: Path, split: str) -> list[Path]:
@@ -200,23 +150,33 @@ def _parquet_files(path: Path, split: str) -> list[Path]:
         files = _parquet_in(path)
     else:
         files = [path] if path.exists() else [Path(found) for found in sorted(glob.glob(str(path)))]
-    chosen = [file for file in files if _split_of(file) == split or (split == "train" and not path.is_dir())]
     if not files:
         raise FileNotFoundError(f"no file matches {path}; check the pattern and the working directory")
-    if not chosen:
-        raise _unknown_split(path, split, sorted({_split_of(file) for file in files}))
-    return chosen
+    if split == "train" and not path.is_dir():
+        return files
+    found = find_split(split, sorted({_split_of(file) for file in files}), path)
+    return [file for file in files if _split_of(file) == found]
 
 
 def _parquet_in(folder: Path) -> list[Path]:
     """Not searched deeper, for a folder of images may hold a million files."""
-    return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
+    return sorted(_seen([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")], folder))
+
+
+def _has_idx(folder: Path) -> bool:
+    return bool(_seen(folder.glob("*" + IDX_IMAGES)))
+
+
+def _seen(paths: Iterable[Path], folder: Path | None = None) -> list[Path]:
+    """Those that are no junk, by their own names or by those of the folders between `folder` and them."""
+    return [path for path in paths if not any(map(is_junk, path.relative_to(folder).parts if folder else (path.name,)))]
 
 
 def _split_of(file: Path) -> str:
     """The split in a name like `train-00000-of-00001.parquet` or `train/0000.parquet`."""
     first = file.stem.split("-")[0]
-    return file.parent.name if first.isdecimal() or file.parent.name in FOLDER_SPLITS else first
+    own = not first.isdecimal() and (meaning_of(first) or not meaning_of(file.parent.name))
+    return first if own else file.parent.name
 
 
 def _read_parquet(files: Sequence[Path], source: str, *, mapped: bool = False) -> datasets.Dataset:
@@ -249,14 +209,20 @@ def _hub(source: str, split: str, config: str | None) -> datasets.Dataset:
 
     try:
         splits = datasets.get_dataset_split_names(source, config)
-        if split in splits:
-            return datasets.load_dataset(source, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{source} is neither a path here nor a data set that the Hub gives ({one_line(error)}); "
-            f"check the name, the config and the network, or use the embedded {EMBEDDED!r}"
-        ) from error
-    raise _unknown_split(source, split, splits)
+        raise _unreachable(source, error) from error
+    found = find_split(split, splits, source)
+    try:
+        return datasets.load_dataset(source, config, split=found)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreachable(source, error) from error
+
+
+def _unreachable(source: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{source} is neither a path here nor a data set that the Hub gives ({one_line(error)}); "
+        f"check the name, the config and the network, or use the embedded {EMBEDDED!r}"
+    )
 
 
 def _table_rows(table: datasets.Dataset, where: str, image: str | None, label: str | None) -> Rows:
@@ -273,9 +239,8 @@ def _table_rows(table: datasets.Dataset, where: str, image: str | None, label: s
                 f"column {image!r} of {where} holds {table.features[image]} rather than images; "
                 f"name another one of {', '.join(table.column_names)} with image_column"
             ) from error
-    encoded = table.select_columns(image)
     names = getattr(table.features[label], "names", None)
-    return Rows(where, table[label][:], tuple(names) if names else None, TablePictures(encoded, image))
+    return Rows(where, table[label][:], tuple(names) if names else None, TablePictures.of(table, image))
 
 
 def _column(columns: Sequence[str], given: str | None, usual: Sequence[str], role: str, where: str) -> str:
@@ -288,7 +253,3 @@ def _column(columns: Sequence[str], given: str | None, usual: Sequence[str], rol
     else:
         problem = f"has {'several columns' if found else 'no column'} of the usual {role} names {', '.join(usual)}"
     raise ValueError(f"{where} {problem}; set {role}_column to one of its columns: {', '.join(columns)}")
-
-
-def _unknown_split(source: str | os.PathLike[str], split: str, splits: Sequence[str]) -> ValueError:
-    return ValueError(f"{source} has no split {split!r}; use one of: {', '.join(splits)}")

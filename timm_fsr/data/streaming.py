@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_fsr.data.augment import ResizedCrop
-from timm_fsr.data.dataset import Images, check_format, choose, digest_of
-from timm_fsr.data.decoding import MODES, Rows, check_range, fit, mode_of, pixels_of
+from timm_fsr.data.dataset import Images, check_format, choose, digest_of, skipped_note
+from timm_fsr.data.decoding import CHUNK, MODES, ModelCrop, Rows, check_range, chunk_starts, fit, mode_of, pixels_of
 from timm_fsr.data.sources import open_rows
 from timm_fsr.utils.random import derive_generator
 
@@ -40,7 +40,10 @@ class StreamedData(Images):
         workers: processes that decode, at most one per processor core; 0 decodes in this process. The images do not
             depend on it. They start again for each pass, which takes seconds on systems that do not fork.
         device: where batches go.
-        named: see `Images`.
+        named: see `Images`, as are the next three.
+        notes: see `named`.
+        skipped: see `named`.
+        crop: see `named`; the random part that `load` takes of an image is not affected.
 
     Raises:
         ValueError: there are no images, or labels do not fit them or the classes.
@@ -57,6 +60,9 @@ class StreamedData(Images):
     workers: int = 4
     device: torch.device | str = "cpu"
     named: bool = True
+    notes: tuple[str, ...] = ()
+    skipped: int = 0
+    crop: ModelCrop | None = None
 
     def __post_init__(self) -> None:
         if self.labels.shape != self.indices.shape or not len(self.labels):
@@ -75,12 +81,13 @@ class StreamedData(Images):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of a SHA-256 over count, image size, class names, rows and labels.
+        """The first 16 hexadecimal digits of a SHA-256 over count, image size, crop, class names, rows and labels.
 
         Pixels are not in it, as that would mean decoding every image: other images in the same order with the same
         labels have the same fingerprint.
         """
-        return digest_of((len(self), self.image_size, self.classes), self.indices, self.labels)
+        about = (len(self), self.image_size, self.classes, *(() if self.crop is None else (str(self.crop),)))
+        return digest_of(about, self.indices, self.labels)
 
     def to(self, device: torch.device | str) -> StreamedData:
         """The same data, whose batches go to another device."""
@@ -115,21 +122,18 @@ class StreamedData(Images):
             Float images (B, C, H, W) in [0, 1] and int64 labels (B,), on `device`.
 
         Raises:
-            ValueError: an image is broken, or coloured among grey ones.
+            ValueError: images are broken, all of a batch being named together, or coloured among grey ones.
         """
         chosen = list(batches)
-        loader = DataLoader(
-            _Samples(self.rows, self.size, self.mode, self.channels, crop, seed, epoch),
-            batch_sampler=(self.indices[places.cpu()].tolist() for places in chosen),
-            num_workers=min(self.workers, _cores(), len(chosen)),
-            collate_fn=_unchanged,
-            worker_init_fn=_outlive_signals,
+        loader = _loader(
+            _Samples(self.rows, self.size, self.mode, self.channels, crop or self.crop, seed, epoch),
+            (self.indices[places.cpu()].tolist() for places in chosen),
+            min(self.workers, len(chosen)),
             pin_memory=torch.device(self.device).type == "cuda",
-            generator=torch.Generator(),  # without one of its own it would draw from the global generator
         )
         for places, images in zip(chosen, loader, strict=True):
-            if isinstance(images, str):
-                raise ValueError(images)
+            if isinstance(images, Exception):
+                raise images
             pixels = images.to(self.device, non_blocking=True)
             yield pixels.float().div_(255), self.labels[places.to(self.labels.device)]
 
@@ -144,8 +148,11 @@ def stream_data(
     label_column: str | None = None,
     classes: Sequence[str] | None = None,
     channels: int | None = None,
+    crop: ModelCrop | None = None,
     limit: int | None = None,
+    on_error: str = "stop",
     workers: int = 4,
+    progress: bool = True,
 ) -> StreamedData:
     """Opens one split of a data set without decoding it; the arguments are those of `timm_fsr.data.dataset.load_data`.
 
@@ -163,25 +170,34 @@ def stream_data(
         label_column: see `source`.
         classes: see `source`.
         channels: 1 for grey or 3 for RGB; whichever the first image has if not given.
+        crop: see `source`.
         limit: see `source`.
+        on_error: "stop" meets images that cannot be used when they are needed, "skip" decodes all images once now, and
+            leaves out and counts those.
         workers: processes that decode, at most one per processor core; 0 decodes in this process.
+        progress: of the decoding that "skip" does: show on stderr how far it is.
 
     Raises:
         FileNotFoundError: the path does not exist.
         ValueError: the source, split, column, label or first image cannot be read; the message says what to change.
     """
     box = (size, size) if isinstance(size, int) else size
-    check_format(box, channels)
+    check_format(box, channels, on_error)
     rows = open_rows(
         os.fspath(source), split, config=config, image_column=image_column, label_column=label_column, mapped=True
     )
     chosen = choose(rows, tuple(classes) if classes else None, limit)
-    mode = MODES[channels] if channels else mode_of(rows.read(chosen.indices[:1].tolist()))
-    rows = replace(rows, labels=[])  # a list of a million would go to each worker
+    bare = replace(rows, labels=[])  # a list of a million would go to each worker
+    broken = _find_broken(bare, chosen.indices, workers, progress) if on_error == "skip" else {}
+    if len(broken) == len(chosen.indices):
+        raise rows.broken_error(broken)
+    whole = [place for place, index in enumerate(chosen.indices.tolist()) if index not in broken]
+    indices, labels = chosen.indices[whole], chosen.labels[whole]
+    mode = MODES[channels] if channels else mode_of(rows.read(indices[:1].tolist()))
     return StreamedData(
-        rows,
-        chosen.indices,
-        chosen.labels,
+        bare,
+        indices,
+        labels,
         chosen.classes,
         chosen.name,
         box,
@@ -189,7 +205,45 @@ def stream_data(
         channels,
         workers,
         named=chosen.named,
+        notes=(*chosen.notes, *skipped_note(rows, broken)),
+        skipped=len(broken),
+        crop=crop,
     )
+
+
+def _find_broken(rows: Rows, indices: Tensor, workers: int, progress: bool) -> dict[int, str]:
+    """Why images at `indices` cannot be used, by index; each is decoded once."""
+    parts = indices.split(CHUNK)
+    found: dict[int, str] = {}
+    loader = iter(_loader(_Checks(rows), (part.tolist() for part in parts), min(workers, len(parts))))
+    for _ in chunk_starts(len(indices), "looking for broken images", progress):
+        found |= next(loader)
+    return found
+
+
+def _loader(
+    samples: Dataset[Any], batches: Iterable[list[int]], workers: int, *, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """Gives what `samples` makes of each of `batches`, ahead of its use if there are workers."""
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=min(workers, _cores()),
+        collate_fn=_unchanged,
+        worker_init_fn=_outlive_signals,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # without one of its own it would draw from the global generator
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Checks(Dataset[Any]):
+    """Decodes batches of rows, and keeps nothing but what is wrong with them."""
+
+    rows: Rows
+
+    def __getitems__(self, indices: list[int]) -> dict[int, str]:
+        return {index: why for part in _parts(indices) for index, why in self.rows.attempt(part)[1].items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,36 +254,42 @@ class _Samples(Dataset[Tensor]):
     size: tuple[int, int]
     mode: str
     channels: int | None
-    crop: ResizedCrop | None
+    crop: ResizedCrop | ModelCrop | None
     seed: int
     epoch: int
 
-    def __getitems__(self, indices: list[int]) -> Tensor | str:
-        """Uint8 images (B, C, H, W), or what is wrong with one: the loader would bury an exception in a traceback."""
-        parts = [indices[start : start + _TOGETHER] for start in range(0, len(indices), _TOGETHER)]
-        try:
-            arrays = [array for part in parts for array in self._decode(part)]
-        except ValueError as error:
-            return str(error)
+    def __getitems__(self, indices: list[int]) -> Tensor | ValueError:
+        """Uint8 images (B, C, H, W), or what is wrong with some: the loader would bury an exception in a traceback."""
+        arrays, broken = list[np.ndarray](), dict[int, str]()
+        for part in _parts(indices):
+            read, reasons = self.rows.attempt(part)
+            broken |= reasons
+            pictures = [picture for picture in read if picture is not None]
+            if broken:  # the others are still looked at, to name all that are broken
+                continue
+            try:
+                self.rows.check_mode(pictures, self.mode, self.channels)
+            except ValueError as error:
+                return error
+            arrays += [self._array(picture, index) for picture, index in zip(pictures, part, strict=True)]
+        if broken:
+            return self.rows.broken_error(broken)
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
-    def _decode(self, indices: list[int]) -> list[np.ndarray]:
-        pictures = self._read(indices)
-        self.rows.check_mode(pictures, self.mode, self.channels)
-        if self.crop is None:
-            return [fit(picture, self.mode, self.size) for picture in pictures]
-        return [self._cropped(picture, index, self.crop) for picture, index in zip(pictures, indices, strict=True)]
-
-    def _read(self, indices: list[int]) -> list[Image.Image]:
-        try:
-            return self.rows.read(indices)
-        except ValueError:  # one by one, for the message to name the broken image
-            return [picture for index in indices for picture in self.rows.read([index])]
+    def _array(self, picture: Image.Image, index: int) -> np.ndarray:
+        if isinstance(self.crop, ResizedCrop):
+            return self._cropped(picture, index, self.crop)
+        return fit(picture, self.mode, self.size, self.crop)
 
     def _cropped(self, picture: Image.Image, index: int, crop: ResizedCrop) -> np.ndarray:
         generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")
         picture = picture if picture.mode == self.mode else picture.convert(self.mode)
         return pixels_of(crop(picture, self.size, generator))
+
+
+def _parts(indices: list[int]) -> list[list[int]]:
+    """A few images each, so that not all photographs of a batch are in memory in their full size."""
+    return [indices[start : start + _TOGETHER] for start in range(0, len(indices), _TOGETHER)]
 
 
 def _outlive_signals(_worker: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks.autoattack import implementation
 from timm_fsr.attacks.base import NORMS
 from timm_fsr.attacks.pgd import PGD
-from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.dataset import Images
 from timm_fsr.evaluation.classes import match_classes
 from timm_fsr.evaluation.corruptions import CORRUPTIONS, corruption_accuracy
 from timm_fsr.evaluation.corruptions import library as corruption_library
@@ -34,6 +34,7 @@ REPORT, EXAMPLES, PAGE, CACHE = defaults.REPORT, "examples.json", defaults.PAGE,
 _EXAMPLE_IMAGES = 200  # among which the examples are chosen
 _TRAINING = (
     "training_data",
+    "training_skipped_images",
     "checkpoint_rule",
     "checkpoint_epoch",
     "training",
@@ -49,7 +50,7 @@ Advance = Callable[[str, float], None]
 
 def assess(
     model: nn.Module,
-    data: ImageData,
+    data: Images,
     folder: str | Path,
     *,
     norm: str = "linf",
@@ -74,7 +75,8 @@ def assess(
 
     Args:
         model: a timm model or a pixel-space model.
-        data: the images to evaluate on.
+        data: the images to evaluate on, in memory (`timm_fsr.load_data`) or streamed
+            (`timm_fsr.data.streaming.stream_data`).
         folder: of the results; the same evaluation, started again, goes on there. What the folder has of other attacks,
             of evidence and of corruptions on the same model and images stays in the report.
         norm: see `timm_fsr.evaluate`, as are eps, attacks, seed, name, transfer_from, overwrite, save_images,
@@ -104,8 +106,11 @@ def assess(
         ImportError: `imagecorruptions` does not run, or is one that cannot be repeated.
         OSError: the folder cannot be written.
     """
-    if not isinstance(data, ImageData):
-        raise ValueError(f"data is {type(data).__name__}; give what timm_fsr.load_data returns")
+    if not isinstance(data, Images):
+        raise ValueError(
+            f"data is {type(data).__name__}; give what timm_fsr.load_data returns, or stream_data of "
+            "timm_fsr.data.streaming"
+        )
     check_extras(norm, evidence_images=evidence_images, corruption_images=corruption_images)
     folder = Path(folder)
     judged, _ = match_classes(model, data, classes)
@@ -259,7 +264,7 @@ def load_entry(path: str | Path) -> Entry:
     return Entry(str(report.conditions.get("model") or path.parent.name), report, examples)
 
 
-def _some(model: nn.Module, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
+def _some(model: nn.Module, data: Images, count: int) -> tuple[Tensor, Tensor]:
     """So many images, each class in its share, and their labels, on the model's device."""
     device = device_of(model)
     chosen = data.subset(min(count, len(data)))

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from timm_fsr.data.dataset import Images
+from timm_fsr.data.dataset import ImageData, Images
+from timm_fsr.data.streaming import StreamedData
 from timm_fsr.evaluation.inference import Batches
-from timm_fsr.models.description import class_names, input_size, size_text
+from timm_fsr.models.description import class_names, input_size, own_crop, size_text
 from timm_fsr.models.pixel import base_model
 
 KindOfImages = TypeVar("KindOfImages", bound=Images)
@@ -119,7 +120,11 @@ def judged_data(model: nn.Module, data: Batches, classes: Sequence[str] | None =
     }
     if judged is not data and judged.fingerprint != data.fingerprint:
         about["labels_fingerprint"] = judged.fingerprint  # the same images, with labels in the model's order
-    return Judged(judged, judged.classes, data.name, about, (*notes, *_size_notes(model, data)))
+    if data.crop is not None:
+        about["crop"] = str(data.crop)
+    if data.skipped:
+        about["skipped_images"] = data.skipped
+    return Judged(judged, judged.classes, data.name, about, (*data.notes, *notes, *_size_notes(model, data)))
 
 
 def match_labels(
@@ -169,14 +174,15 @@ def match_names(
     missing = [found[label] for label in used if known is not None and found[label] not in known]
     numbers = known is not None and tuple(known) == _numbers(len(known))
     if known is None or (missing and numbers and named and len(missing) == len(used)):
-        return _by_position(found, used, outputs, source, numbers=numbers)
+        return _by_position(found, used, outputs, source, numbers=numbers, named=named)
     if missing and not named and not all(name.isdecimal() for name in known):
-        _check_labels(used, found, len(known), source)
+        places = _numbered(found)
+        _check_labels([places[label] for label in used], len(known), source)
         note = (
             f"the labels of {source} are plain numbers and were read as positions among the model's classes: "
-            f"{_examples(known, used)}; {_REMEDY}"
+            f"{_examples(known, [places[label] for label in used])}; {_REMEDY}"
         )
-        return Match(None, tuple(known), (note,))
+        return Match(_moved(places), tuple(known), (note,))
     if missing:
         raise ValueError(_unknown_classes(missing, known, source))
     place = {name: number for number, name in enumerate(known)}
@@ -253,23 +259,46 @@ def _size_notes(model: nn.Module, data: Images) -> Iterable[str]:
             f"the images are {size_text(data.image_size)} (channels, height, width); the model was made for "
             f"{size_text(size)}"
         )
+    stored = data.stored if isinstance(data, ImageData) else None
+    scaled = isinstance(data, StreamedData) or (stored is not None and stored[1:] != data.image_size[1:])
+    own = own_crop(model)
+    if own is not None and own.share < 1 and data.crop is None and scaled:
+        yield (
+            f"the images were scaled whole, but the model's configuration crops them ({own}), as timm's own scripts do "
+            "and timm_fsr.load_data with crop=timm_fsr.models.description.own_crop(model)"
+        )
 
 
 def _by_position(
-    found: Sequence[str], used: Sequence[int], outputs: int | None, source: str, *, numbers: bool
+    found: Sequence[str], used: Sequence[int], outputs: int | None, source: str, *, numbers: bool, named: bool
 ) -> Match:
-    """Labels as they are, since nothing is known of the model's classes but their number."""
+    """Labels as they are stored, since nothing is known of the model's classes but their number."""
     if outputs is None:
         return Match(None, tuple(found))
-    _check_labels(used, found, outputs, source)
-    if outputs == len(found) and not numbers:
+    stored = list(range(len(found))) if named else _numbered(found)
+    places = list(range(len(found))) if outputs == len(found) else stored
+    _check_labels([places[label] for label in used], outputs, source, found if named else ())
+    if outputs == len(found) and not numbers and stored == places:
         return Match(None, tuple(found))
-    names = (*found, *map(str, range(len(found), outputs)))[:outputs]
+    names = list(map(str, range(outputs)))
+    for place, name in zip(places, found, strict=True):
+        if place < outputs:
+            names[place] = name
     note = (
-        f"the model has {outputs} classes and knows no names of them; {source} has {len(found)}, and label 0 "
-        f"({found[0]!r}) was read as the model's output 0, and so on; {_REMEDY}"
+        f"the model has {outputs} classes and knows no names of them; {source} has {len(found)}, and label {stored[0]} "
+        f"({found[0]!r}) was read as the model's output {places[0]}, and so on; {_REMEDY}"
     )
-    return Match(None, names, (note,))
+    return Match(_moved(places), tuple(names), (note,))
+
+
+def _numbered(found: Sequence[str]) -> list[int]:
+    """The labels as the data has stored them, for classes that are plain numbers, of which some may be left out."""
+    return list(map(int, found)) if all(name.isdecimal() for name in found) else list(range(len(found)))
+
+
+def _moved(places: list[int]) -> list[int | None] | None:
+    """The positions for `Match`; None where they change nothing."""
+    return None if places == list(range(len(places))) else list(places)
 
 
 def _notes(positions: Sequence[int | None], found: Sequence[str], known: Sequence[str], source: str) -> Iterable[str]:
@@ -300,11 +329,13 @@ def _unknown_classes(missing: Sequence[str], known: Sequence[str], source: str) 
     )
 
 
-def _check_labels(used: Sequence[int], found: Sequence[str], outputs: int, source: str) -> None:
-    if max(used) >= outputs:
+def _check_labels(used: Sequence[int], outputs: int, source: str, names: Sequence[str] = ()) -> None:
+    largest = max(used)
+    if largest >= outputs:
+        named = f" ({names[largest]!r})" if largest < len(names) else ""
         raise ValueError(
-            f"{source} has images of label {max(used)} ({found[max(used)]!r}), but the model has {outputs} classes "
-            f"(0 to {outputs - 1}); use the data that it was trained for"
+            f"{source} has images of label {largest}{named}, but the model has {outputs} classes (0 to {outputs - 1}); "
+            "use the data that it was trained for"
         )
 
 

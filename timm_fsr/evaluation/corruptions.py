@@ -96,6 +96,16 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int, first_index:
     return result.to(images.dtype).to(images.device).contiguous()
 
 
+class CorruptionAccuracy(dict[str, dict[int, float]]):
+    """The share of images classified correctly, in [0, 1], by name and severity.
+
+    Attributes:
+        notes: what a reader has to know of how labels were read, as sentences.
+    """
+
+    notes: tuple[str, ...] = ()
+
+
 def corruption_accuracy(
     model: nn.Module,
     data: Batches,
@@ -106,7 +116,7 @@ def corruption_accuracy(
     classes: Sequence[str] | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, dict[int, float]]:
+) -> CorruptionAccuracy:
     """Accuracy of a model under each corruption at each severity.
 
     The model runs in eval mode and in float32; its mode is restored. The module's docstring says how far the
@@ -124,7 +134,8 @@ def corruption_accuracy(
         progress: called with (images done, images correct under all corruptions so far) after each batch.
 
     Returns:
-        The share of images classified correctly, in [0, 1], by name and severity.
+        The share of images classified correctly, in [0, 1], by name and severity. Its `notes` say how the labels of the
+        data were read, where they are not in the order of the model's outputs.
 
     Raises:
         ValueError: an unknown name or severity, images or labels that do not fit the model, or no data.
@@ -154,7 +165,11 @@ def corruption_accuracy(
                 progress(done, survivors)
     if not done:
         raise ValueError("there is no image to corrupt; check the data's split and limit")
-    return {name: {severity: count / done for severity, count in counts.items()} for name, counts in right.items()}
+    found = CorruptionAccuracy(
+        {name: {severity: count / done for severity, count in counts.items()} for name, counts in right.items()}
+    )
+    found.notes = judged.notes
+    return found
 
 
 def _check_kind(name: str, severity: int) -> None:

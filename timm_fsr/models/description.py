@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_fsr.data.decoding import ModelCrop
 from timm_fsr.hooks.attach import watch_classifier
 from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.memory import activation_bytes
@@ -52,6 +53,21 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     channels, *sides = size
     height, width = getattr(model, "_traits", {}).get("img_size") or sides
     return getattr(model, "in_chans", None) or channels, height, width
+
+
+def own_crop(model: nn.Module) -> ModelCrop | None:
+    """How the model's configuration scales and crops images, where that is not as `timm_fsr.load_data` does by itself.
+
+    Weights of timm have a way of their own (`crop_pct` below 1, bilinear scaling); models trained here have not.
+    """
+    config = pretrained_cfg_of(base_model(model))
+    share, mode = config.get("crop_pct") or 1.0, config.get("crop_mode") or "center"
+    interpolation = config.get("interpolation") or INTERPOLATION
+    if (share, mode, interpolation) == (1.0, "center", INTERPOLATION):
+        return None
+    size = input_size(model)
+    fill = _per_channel(config.get("mean") or (0.0,), size[0] if size else 3)
+    return ModelCrop(float(share), mode, interpolation, fill)
 
 
 def describe(model: nn.Module, *, classes: Sequence[str], image_size: tuple[int, int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import textwrap
 from collections import deque
@@ -14,14 +15,15 @@ import timm
 import torch
 from timm.layers import is_scriptable
 from timm.models import DefaultCfg, PretrainedCfg, model_entrypoint
+from timm.models import _builder as timm_builder
 from timm.models import _registry as timm_registry
 from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from timm.models._registry import register_model
 from torch import nn
 
-from timm_fsr.hooks.attach import attach
-from timm_fsr.hooks.placement import At
+from timm_fsr.hooks.attach import attach, watch_classifier
+from timm_fsr.hooks.placement import At, pretrained_cfg_of
 from timm_fsr.hooks.site import LayerGroup, layer_groups
 from timm_fsr.layers import LAYERS, layer_class
 from timm_fsr.layers.base import check_layer_args
@@ -78,6 +80,25 @@ def register_variants(layers: Sequence[str] = VARIANT_LAYERS) -> None:
                     _register(name, base, layer, bare)
                     listed.append(name)
     __all__[:] = listed
+
+
+def watch_loaded_models() -> None:
+    """Let `reset_classifier` forget the names of classes on every model that timm loads with some; twice adds nothing.
+
+    Such a model may have no layer of this package, and so pass through none of its functions before it is saved: after
+    `reset_classifier` for as many classes as before nothing else would tell that the names are those of other classes.
+    """
+    load_pretrained: Callable[..., None] = timm_builder.load_pretrained
+    if hasattr(load_pretrained, "__wrapped__"):
+        return
+
+    @functools.wraps(load_pretrained)
+    def load_and_watch(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        load_pretrained(model, *args, **kwargs)
+        if pretrained_cfg_of(model).get("label_names"):
+            watch_classifier(model)
+
+    timm_builder.load_pretrained = load_and_watch
 
 
 def register_pretrained(folder: str | Path) -> str:
@@ -329,6 +350,7 @@ def _features(
 
 
 register_variants()
+watch_loaded_models()
 register_variants(LAYERS.promised_names())
 LAYERS.observe(lambda name: register_variants((name,)))
 

@@ -46,6 +46,7 @@ FREE = (
     "data.workers",
     "evaluation.attacks",
     "optim.nonfinite",
+    "data.on_error",
 )
 # Keys that older recipes lack, with what they meant without them.
 IMPLICIT: dict[str, Any] = {"attack.args": {}, "optim.freeze": 0}

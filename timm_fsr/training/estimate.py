@@ -280,7 +280,9 @@ def _final_evaluation(trainer: Trainer) -> tuple[int, list[AttackEstimate]]:
     recipe, accelerator = trainer.recipe, trainer.accelerator
     if not recipe.evaluation.attacks:
         return 0, []
-    test = recipe.data.build_test(trainer.data.classes, progress=accelerator.is_main_process)
+    test = recipe.data.build_test(
+        trainer.data.classes, progress=accelerator.is_main_process, image_size=trainer.data.image_size
+    )
     _, found = estimate_attacks(
         trainer.judged,
         test.to(accelerator.device),

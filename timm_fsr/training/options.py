@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Built = TypeVar("Built")
 
+_HELD_OUT = 1000  # images that choose the checkpoint, where there are plenty
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -213,11 +215,14 @@ class DataOptions:
         image_column: column of the images; null finds it.
         label_column: column of the labels; null finds it.
         size: side that images are scaled and cropped to; null takes that of the saved model that is fine-tuned, else
-            keeps theirs.
+            keeps theirs if they have one, else takes the model's input size.
         channels: 1 or 3; null takes that of the saved model that is fine-tuned, else keeps theirs.
         limit_train: largest number of training images, balanced.
         limit_test: largest number of test images, balanced.
-        held_out: training images held out, balanced, to choose the best checkpoint by robust accuracy.
+        on_error: what becomes of images that cannot be used, such as broken files: "stop" names all of them in an
+            error, "skip" goes on without them and reports their number (streamed images are all decoded once for that).
+        held_out: training images held out, balanced, to choose the best checkpoint by robust accuracy; null takes
+            1,000, but no more than a tenth of them.
         crop_padding: pixels of padding of the random crop.
         flip: mirror half of the training images.
         extra_source: further training images, such as generated ones, of the same classes; scaled like the others.
@@ -242,7 +247,8 @@ class DataOptions:
     channels: int | None = None
     limit_train: int | None = None
     limit_test: int | None = None
-    held_out: int = 1000
+    on_error: Literal["stop", "skip"] = "stop"
+    held_out: int | None = None
     crop_padding: int = 4
     flip: bool = True
     extra_source: str | None = None
@@ -312,13 +318,45 @@ class DataOptions:
             )
         self.augmentation()
 
-    def build(self, *, seed: int, progress: bool = True) -> tuple[Images, Images]:
-        """Training and held-out validation images; the split is drawn from `seed`."""
-        return self._load(self.train_split, self.limit_train, None, progress).split(self.held_out, seed=seed)
+    def build(
+        self, *, seed: int, progress: bool = True, mixed_size: tuple[int, int] | None = None
+    ) -> tuple[Images, Images]:
+        """Training and held-out validation images; the split is drawn from `seed`.
 
-    def build_test(self, classes: Sequence[str] | None = None, *, progress: bool = True) -> Images:
-        """Test images, in their stored order."""
-        return self._load(self.test_split, self.limit_test, classes, progress)
+        Args:
+            seed: see above.
+            progress: show a progress bar.
+            mixed_size: (height, width) of images that are not all of one size, if `size` does not say.
+
+        Raises:
+            FileNotFoundError: the path does not exist.
+            ValueError: they cannot be read, or are too few to hold some out.
+        """
+        data = self._load(self.train_split, self.limit_train, None, progress, mixed_size=mixed_size)
+        held_out = min(_HELD_OUT, max(1, len(data) // 10)) if self.held_out is None else self.held_out
+        if held_out >= len(data):
+            raise ValueError(
+                f"cannot hold out {held_out} of the {len(data)} images of {data.name}, as none would be left to train "
+                "on; use more images, or lower data.held_out (null holds out a tenth)"
+            )
+        return data.split(held_out, seed=seed)
+
+    def build_test(
+        self,
+        classes: Sequence[str] | None = None,
+        *,
+        progress: bool = True,
+        image_size: tuple[int, int, int] | None = None,
+    ) -> Images:
+        """Test images, in their stored order.
+
+        Args:
+            classes: of the training images, in the order of their labels.
+            progress: show a progress bar.
+            image_size: channels, height and width of the training images, whose size test images get.
+        """
+        box = None if image_size is None or self.size is not None else image_size[1:]
+        return self._load(self.test_split, self.limit_test, classes, progress, size=box)
 
     def build_extra(
         self, classes: Sequence[str], image_size: tuple[int, int, int], *, progress: bool = True
@@ -341,6 +379,7 @@ class DataOptions:
             size=(height, width),
             channels=channels,
             limit=self.extra_limit,
+            on_error=self.on_error,
             progress=progress,
         )
 
@@ -356,24 +395,39 @@ class DataOptions:
             return Augmentation(padding=self.crop_padding, flip=self.flip)
         return ResizedCrop(scale=tuple(map(float, self.crop_scale)), flip=self.flip)
 
-    def _load(self, split: str, limit: int | None, classes: Sequence[str] | None, progress: bool) -> Images:
+    def _load(
+        self,
+        split: str,
+        limit: int | None,
+        classes: Sequence[str] | None,
+        progress: bool,
+        *,
+        size: tuple[int, int] | None = None,
+        mixed_size: tuple[int, int] | None = None,
+    ) -> Images:
         from timm_fsr.data.dataset import load_data
+        from timm_fsr.data.decoding import BrokenImagesError
         from timm_fsr.data.streaming import stream_data
 
-        read: Callable[..., Images] = partial(load_data, progress=progress)
+        read: Callable[..., Images] = partial(load_data, mixed_size=mixed_size)
         if self.streamed:
             read = partial(stream_data, workers=self.workers)
-        return read(
-            self.source,
-            split,
-            config=self.config,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            classes=classes,
-            size=self.size,
-            channels=self.channels,
-            limit=limit,
-        )
+        try:
+            return read(
+                self.source,
+                split,
+                config=self.config,
+                image_column=self.image_column,
+                label_column=self.label_column,
+                classes=classes,
+                size=size or self.size,
+                channels=self.channels,
+                limit=limit,
+                on_error=self.on_error,
+                progress=progress,
+            )
+        except BrokenImagesError as error:
+            raise BrokenImagesError(error.found, "set data.on_error=skip to go on without such images") from error
 
 
 # Counts of images or pixels, and what to add to the message about one below 1.

@@ -12,12 +12,15 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from timm.layers import convert_sync_batchnorm
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import epoch_steps
+from timm_fsr.data.sources import is_image_folder
+from timm_fsr.evaluation.classes import KindOfImages, match_classes
 from timm_fsr.hooks.attach import reattach
-from timm_fsr.models.description import check_runs, describe, size_text
+from timm_fsr.models.description import check_runs, class_names, describe, size_text
 from timm_fsr.models.memory import activation_bytes, weight_bytes
 from timm_fsr.models.pixel import PixelModel, as_pixel_model
 from timm_fsr.models.saving import saved_config
@@ -33,27 +36,32 @@ _FIRST_WEIGHTS = 0.1  # the largest share of a running average that the weights 
 _COMPILED_VARIANTS = 64  # of the forward pass: modes, batch sizes, with and without gradients and recording
 
 
-def read_images(recipe: Recipe, accelerator: Accelerator) -> tuple[Images, ImageData | None, Images]:
+def read_images(recipe: Recipe, accelerator: Accelerator, console: Console) -> tuple[Images, ImageData | None, Images]:
     """Training images, extra ones if the recipe has any, and held-out images, on the device.
 
     Args:
         recipe: names them.
         accelerator: the device; the main process shows progress.
+        console: says what was left out or changed as they were read.
 
     Raises:
         ValueError: there are too few images, or the test images for the final report do not fit.
         FileNotFoundError: there is no such data.
     """
     progress, device = accelerator.is_main_process, accelerator.device
-    data, held_out = recipe.data.build(seed=recipe.seed, progress=progress)
+    data, held_out = recipe.data.build(seed=recipe.seed, progress=progress, mixed_size=_input_side(recipe))
     recipe.data.check_crop(min(data.image_size[1:]))
     extra = recipe.data.build_extra(data.classes, data.image_size, progress=progress)
+    for note in (*data.notes, *(() if extra is None else extra.notes)):
+        console.print(note)
     _check_test_split(recipe, data)
     return data.to(device), None if extra is None else extra.to(device), held_out.to(device)
 
 
 def with_input_of_model(recipe: Recipe, begun: Mapping[str, Any] | None, console: Console) -> Recipe:
     """The recipe with the image size and channels of the saved model that is fine-tuned, where it names none itself.
+
+    A run that is resumed takes what it began with, the number of held-out images included.
 
     Args:
         recipe: of the run.
@@ -62,7 +70,7 @@ def with_input_of_model(recipe: Recipe, begun: Mapping[str, Any] | None, console
     """
     data = recipe.data
     if begun is not None:
-        taken = {key: begun.get(f"data.{key}") for key in ("size", "channels")}
+        taken = {key: begun.get(f"data.{key}") for key in ("size", "channels", "held_out")}
     else:
         channels, height, width = (saved_config(recipe.model.name).get("pretrained_cfg") or {}).get(
             "input_size", (None, None, None)
@@ -93,12 +101,25 @@ def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> i
         )
     steps = epoch_steps(images, batch_size // processes, world_size=processes)
     if steps == 0:
-        raise ValueError(f"{images} training images do not fill a batch of {batch_size}; lower optim.batch_size")
+        raise ValueError(
+            f"of {images + held_out} training images {held_out} are held out (data.held_out), and the other {images} "
+            f"do not fill a batch of {batch_size}; use more images, or lower optim.batch_size"
+        )
     return steps
 
 
-def build_model(recipe: Recipe, data: Images, device: torch.device, processes: int = 1) -> nn.Module:
+def build_model(
+    recipe: Recipe, data: Images, device: torch.device, processes: int = 1, *, keep_order: bool = False
+) -> nn.Module:
     """The timm model with its first weights, which the seed decides, on `device`.
+
+    Args:
+        recipe: of the run.
+        data: training images.
+        device: see above.
+        processes: how many share each batch.
+        keep_order: the model's outputs are described in the order of the data's classes in any case, also where it has
+            been trained on the same classes in another order; see `in_order_of_head`.
 
     Raises:
         ValueError: it cannot be trained on these images, or not within the memory that there is.
@@ -106,7 +127,9 @@ def build_model(recipe: Recipe, data: Images, device: torch.device, processes: i
     torch.manual_seed(recipe.seed)
     try:
         timm_model: Any = recipe.model.build(num_classes=data.num_classes, image_size=data.image_size)
-        describe(timm_model, classes=data.classes, image_size=data.image_size)
+        known = class_names(timm_model)
+        same = known is not None and set(known) == set(data.classes) and not keep_order
+        describe(timm_model, classes=known if known and same else data.classes, image_size=data.image_size)
         _check_memory(recipe, timm_model, data, device, processes)
         logits = check_runs(as_pixel_model(timm_model), data.image_size)
     except ImageSizeError as error:
@@ -128,6 +151,23 @@ def build_model(recipe: Recipe, data: Images, device: torch.device, processes: i
     if recipe.batch_norm == "sync":
         timm_model = reattach(convert_sync_batchnorm(timm_model))
     return timm_model.to(device)
+
+
+def in_order_of_head(timm_model: nn.Module, data: KindOfImages, console: Console | None = None) -> KindOfImages:
+    """The images with labels as the trained model that is fine-tuned has its outputs: it goes on with what it knows.
+
+    Args:
+        timm_model: from `build_model`.
+        data: images of its classes.
+        console: says so, if labels were moved.
+    """
+    if class_names(timm_model) == data.classes:
+        return data
+    moved, notes = match_classes(timm_model, data)
+    if console is not None:
+        for note in notes:
+            console.print(note)
+    return moved
 
 
 def _check_memory(recipe: Recipe, timm_model: nn.Module, data: Images, device: torch.device, processes: int) -> None:
@@ -210,16 +250,30 @@ def compilation(backend: str | None) -> Iterator[None]:
         yield
 
 
+def _input_side(recipe: Recipe) -> tuple[int, int] | None:
+    """(height, width) of the images that the model is made for, if that is known."""
+    side = recipe.model.args.get("img_size")
+    if side is not None:
+        return (side, side) if isinstance(side, int) else tuple(side)
+    saved = saved_config(recipe.model.name).get("pretrained_cfg") or {}
+    config = get_pretrained_cfg(recipe.model.name)
+    size = saved.get("input_size") or (None if config is None else config.input_size)
+    return tuple(size[1:]) if size else None
+
+
 def _check_test_split(recipe: Recipe, data: Images) -> None:
     """Open the test images that the final report needs; ValueError if they are missing or of another kind."""
     if not recipe.evaluation.attacks:
         return
-    if recipe.data.test_split == recipe.data.train_split:
+    options = recipe.data
+    if options.test_split == options.train_split:
         raise ValueError(
-            f"data.test_split={recipe.data.test_split} holds the training images, so the final report would say "
+            f"data.test_split={options.test_split} holds the training images, so the final report would say "
             "nothing about new ones; name another split, or leave the report out with evaluation.attacks=[]"
         )
-    one = dataclasses.replace(recipe.data, limit_test=1).build_test(data.classes, progress=False)
+    if options.streamed or not is_image_folder(options.source):  # else all are read, for single files may be broken
+        options = dataclasses.replace(options, limit_test=1, on_error="stop")
+    one = options.build_test(data.classes, progress=False, image_size=data.image_size)
     if one.image_size[0] != data.image_size[0]:
         raise ValueError(
             f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "

@@ -69,11 +69,14 @@ def conclude(run: FinishedRun) -> nn.Module:
     options = run.recipe.evaluation
     if not options.attacks:
         return model
-    test = run.recipe.data.build_test(run.data.classes, progress=main)
+    test = run.recipe.data.build_test(run.data.classes, progress=main, image_size=run.data.image_size)
+    for note in test.notes:
+        run.console.print(note)
     with evaluation_display(run.console, len(test) // run.accelerator.num_processes) as display:
         report = evaluate(
             model,
-            test.to(run.accelerator.device).batches(BATCH_SIZE),
+            test.to(run.accelerator.device),
+            batch_size=BATCH_SIZE,
             norm=run.recipe.attack.norm,
             eps=run.recipe.attack.eps,
             attacks=options.attacks,
@@ -110,6 +113,7 @@ def _training_conditions(run: FinishedRun, test: Images) -> dict[str, object]:
     return {
         "data_fingerprint": test.fingerprint,
         "training_data": run.data.name,
+        **({"training_skipped_images": run.data.skipped} if run.data.skipped else {}),
         "checkpoint_rule": f"best {_attack_label(run)} accuracy on {run.held_out.name}",
         "checkpoint_epoch": selection.epoch,
         "training": f"{run.objective!r}, {run.attack!r}, {optim.epochs} epochs",

@@ -40,6 +40,7 @@ from timm_fsr.training.prepare import (
     check_first_pass,
     compilation,
     count_steps,
+    in_order_of_head,
     read_images,
     with_input_of_model,
 )
@@ -96,9 +97,9 @@ def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
     try:
         with reserved(recipe.folder, accelerator):
             snapshot = find_snapshot(recipe, accelerator, console)
-            begun = None if snapshot is None else snapshot[1]["identity"]["recipe"]
-            recipe = with_input_of_model(recipe, begun, console)
-            return Trainer.prepare(recipe, accelerator, console).fit(snapshot)
+            begun = None if snapshot is None else snapshot[1]["identity"]
+            recipe = with_input_of_model(recipe, begun and begun["recipe"], console)
+            return Trainer.prepare(recipe, accelerator, console, begun=begun).fit(snapshot)
     finally:
         accelerator.end_training()
 
@@ -152,17 +153,28 @@ class Trainer:
     watch: Watch | None = None
 
     @classmethod
-    def prepare(cls, recipe: Recipe, accelerator: Accelerator, console: Console) -> Trainer:
+    def prepare(
+        cls, recipe: Recipe, accelerator: Accelerator, console: Console, *, begun: Mapping[str, Any] | None = None
+    ) -> Trainer:
         """Read the data, build the model from the seed, and move both to the device.
+
+        Args:
+            recipe: of the run.
+            accelerator: device, precision and processes.
+            console: prints on the main process alone.
+            begun: the `identity` of the run that is resumed, if any: its labels stay as they were.
 
         Raises:
             ValueError: data, model and recipe do not fit together.
             FileNotFoundError: there is no such model or data.
         """
         device, options = accelerator.device, recipe.optim
-        data, extra, held_out = read_images(recipe, accelerator)
+        data, extra, held_out = read_images(recipe, accelerator, console)
         steps_per_epoch = count_steps(recipe, len(data), len(held_out), accelerator.num_processes)
-        timm_model = build_model(recipe, data, device, accelerator.num_processes)
+        keep_order = begun is not None and data.fingerprint in begun["data"]
+        timm_model = build_model(recipe, data, device, accelerator.num_processes, keep_order=keep_order)
+        data, held_out = in_order_of_head(timm_model, data, console), in_order_of_head(timm_model, held_out)
+        extra = None if extra is None else in_order_of_head(timm_model, extra)
         optimizer = options.build(timm_model)
         ema = ModelEmaV3(timm_model, options.ema_decay, use_warmup=options.ema_warmup) if options.ema_decay else None
         objective = recipe.objective.build().begin(PixelModel(timm_model).to(device))

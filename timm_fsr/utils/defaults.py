@@ -2,6 +2,7 @@
 
 EMBEDDED = "fashion_mnist"
 CLASS_ORDERS = ("codepoint", "timm")
+ON_ERROR = ("stop", "skip")
 CARD, REPORT, PAGE, RECIPE = "README.md", "report.json", "report.html", "recipe.yaml"
 BATCH_SIZE = 250
 PREDICT_BATCH_SIZE = 64

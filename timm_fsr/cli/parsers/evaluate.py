@@ -9,7 +9,7 @@ from typing import NoReturn
 from timm_fsr.cli.help import CommandParser
 from timm_fsr.cli.names import attack_names
 from timm_fsr.cli.parsers.model_flags import add_device_flag, add_model_flags
-from timm_fsr.utils.defaults import BATCH_SIZE, CLASS_ORDERS, EMBEDDED, PAGE, REPORT
+from timm_fsr.utils.defaults import BATCH_SIZE, CLASS_ORDERS, EMBEDDED, ON_ERROR, PAGE, REPORT
 
 NORM, EPS, SPLIT = "linf", 8 / 255, "test"
 """For a model that says nothing of its threat model and its data."""
@@ -82,6 +82,13 @@ def evaluate_parser() -> CommandParser:
         "--limit",
         type=int,
         help="evaluate this many images, balanced (default: as many as the model's report, else all)",
+    )
+    data.add_argument(
+        "--on-error",
+        choices=ON_ERROR,
+        default="stop",
+        help="images that cannot be used, such as broken files: name them all and stop, or skip and count them "
+        "(default: stop)",
     )
     attack = parser.add_argument_group("attacks")
     attack.add_argument(
