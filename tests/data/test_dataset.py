@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import timm_fsr.data.dataset
 import timm_fsr.data.decoding
+import timm_fsr.data.folders
 import timm_fsr.data.sampling
 import timm_fsr.data.sources
 import timm_fsr.data.streaming
@@ -124,6 +125,7 @@ class TestSplit:
         timm_fsr.data.sampling,
         timm_fsr.data.dataset,
         timm_fsr.data.decoding,
+        timm_fsr.data.folders,
         timm_fsr.data.sources,
         timm_fsr.data.streaming,
     ],
