@@ -57,7 +57,7 @@ def error_of(capsys, *arguments: str) -> str:
 @pytest.fixture
 def brief(monkeypatch):
     """Attacks of few steps: what is found does not matter here."""
-    monkeypatch.setattr("timm_fsr.evaluation.flips._TIGHTENING_STEPS", 3)
+    monkeypatch.setattr("timm_fsr.evaluation.flips.STEPS", 4)
 
 
 def test_the_table_names_each_class_within_80_columns(saved, photos, capsys, monkeypatch):
@@ -75,7 +75,7 @@ def test_robustness_in_the_models_own_norm(saved, photos, capsys, tmp_path):
     output = tmp_path / "answers.json"
     text = printed(capsys, saved, f"{photos}/0.png", "--robustness", "--topk=1", f"--output={output}")
     assert "flips at L2" in text
-    assert "upper bounds, found by FMN-100 and DDN-100, tightened by APGD-3" in text
+    assert "upper bounds, found by FMN-4 and DDN-4, tightened by APGD-4" in text
     assert "at the model's own L2 0.001 these attacks leave the answer to 1 of 1 image(s) as it is" in text
     (image,) = json.loads(output.read_text())["images"]
     assert image["flips_to"] != image["classes"][0]["class"]

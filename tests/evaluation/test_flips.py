@@ -28,6 +28,12 @@ def near_the_middle() -> Tensor:
     return 0.5 + 0.04 * (torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(1)) - 0.5)
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """Fewer steps, which toys do not need."""
+    monkeypatch.setattr("timm_fsr.evaluation.flips.STEPS", 20)
+
+
 @pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
 def test_a_linear_model_flips_at_the_nearest_of_its_planes(norm, dual):
     model, given = Linear(), near_the_middle()
@@ -46,6 +52,7 @@ def test_a_linear_model_flips_at_the_nearest_of_its_planes(norm, dual):
     torch.testing.assert_close(found.eps, distances(found.images, given, norm))
 
 
+@pytest.mark.usefixtures("brief")
 def test_what_hides_its_gradient_is_flipped_by_the_surrogate():
     """The layer rounds features, so that neither FMN nor Auto-PGD can follow the model itself."""
     with toy_layers_registered():
@@ -58,6 +65,7 @@ def test_what_hides_its_gradient_is_flipped_by_the_surrogate():
     torch.testing.assert_close(found.eps, torch.full((2,), 0.05), rtol=0.05, atol=0)
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_model_that_never_changes_its_answer_has_no_such_eps():
     model = plain_toy(lambda d: 1 + 0 * d)
     with attack_mode(model):
@@ -67,6 +75,7 @@ def test_a_model_that_never_changes_its_answer_has_no_such_eps():
     assert torch.equal(found.before, found.after)
 
 
+@pytest.mark.usefixtures("brief")
 def test_it_repeats_and_leaves_the_random_numbers_of_others_alone():
     model, given = plain_toy(lambda d: d), torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with attack_mode(model):
@@ -84,6 +93,7 @@ def test_mistakes():
         smallest_flips(nn.Sequential(Linear(), nn.Softmax(dim=1)), near_the_middle())
 
 
+@pytest.mark.usefixtures("brief")
 def test_it_is_at_least_as_near_as_fmn():
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -92,7 +102,7 @@ def test_it_is_at_least_as_near_as_fmn():
     given = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with attack_mode(model):
         labels = model(given).argmax(1)
-        fmn = FMN().nearest(judged_loss(model, margin, labels), given)
+        fmn = FMN(steps=20).nearest(judged_loss(model, margin, labels), given)
         found = smallest_flips(model, given)
     assert bool((found.eps <= fmn.distances).all())
     assert bool((found.eps > 0).all())

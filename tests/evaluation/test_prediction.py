@@ -85,7 +85,7 @@ class TestAnswers:
 @pytest.fixture
 def brief(monkeypatch):
     """Attacks of few steps: what is found does not matter here."""
-    monkeypatch.setattr("timm_fsr.evaluation.flips._TIGHTENING_STEPS", 3)
+    monkeypatch.setattr("timm_fsr.evaluation.flips.STEPS", 4)
 
 
 @pytest.mark.usefixtures("brief")
@@ -102,7 +102,7 @@ class TestRobustness:
         found = predict(tiny_resnet(), images(1), robustness=True, norm="l2")[0].flip
         assert found is not None
         assert found.norm == "l2"
-        assert "DDN-100" in found.attacks
+        assert "DDN-4" in found.attacks
 
 
 class TestMasks:

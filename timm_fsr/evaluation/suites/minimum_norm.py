@@ -33,7 +33,8 @@ def fast_minimum_norm(target: Target, steps: int) -> Sequence[Suite]:
 @register_suite("ddn", check=_check_ddn, numbered=True, norms=("l2",))
 def decoupled_direction_and_norm(target: Target, steps: int) -> Sequence[Suite]:
     """DDN, which looks for each image's nearest misclassified one in L2."""
-    return [_suite(f"ddn{steps}", DDN(steps=steps), target.eps)]
+    # From eps on, not from the paper's 1: few steps shrink or grow that only by a limited factor.
+    return [_suite(f"ddn{steps}", DDN(steps=steps, first_eps=target.eps or 1.0), target.eps)]
 
 
 def _suite(name: str, attack: FMN | DDN, eps: float) -> Suite:
