@@ -119,9 +119,7 @@ def smallest_flips(
             search.offer(DDN(steps=STEPS).nearest(loss_fn, images, generator=search.generator))
         for number, way in enumerate(_ways(model)):
             search.tighten(way, _FIRST if number == 0 else _SMALLEST, say)
-    with torch.no_grad():
-        after = model(search.best).argmax(dim=1)
-    return Flips(search.best, search.eps, search.labels, after)
+    return Flips(search.best, search.eps, search.labels, search.after)
 
 
 class _Search:
@@ -129,7 +127,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, norm: str, generator: torch.Generator) -> None:
         self.model, self.images, self.labels, self.norm, self.generator = model, images, labels, norm, generator
-        self.best = images.clone()
+        self.best, self.after = images.clone(), labels.clone()
         self.eps = torch.full_like(images[:, 0, 0, 0], torch.inf)
 
     def offer(self, found: Nearest) -> None:
@@ -168,9 +166,11 @@ class _Search:
     def _take(self, found: Tensor, left: Tensor) -> Tensor:
         """(N,) bool: which of `found`, for the images at `left`, have another answer and are nearer than before."""
         with torch.no_grad(), plain(self.model):
-            flipped = self.model(found).argmax(dim=1) != self.labels[left]
+            after = self.model(found).argmax(dim=1)
         size = distances(found, self.images[left], self.norm)
-        nearer = flipped & (size < self.eps[left])  # False for NaN
+        nearer = (after != self.labels[left]) & (size < self.eps[left])  # False for NaN
         self.best[left] = torch.where(nearer.view(-1, 1, 1, 1), found, self.best[left])
         self.eps[left] = torch.where(nearer, size, self.eps[left])
+        # Noted now: on the border rounding may decide otherwise in a batch of another size.
+        self.after[left] = torch.where(nearer, after, self.after[left])
         return nearer
