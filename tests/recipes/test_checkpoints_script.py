@@ -178,7 +178,7 @@ class TestAgain:
         suffix, folder = f"--suffix={at}", finished / "hub" / NAME.replace("toys", at)
 
         def late(*_: Any, **__: Any) -> None:
-            raise script["TimeIsUpError"]
+            raise script["STOPS"][0]
 
         release = script["release"].__globals__
         with monkeypatch.context() as patch:
@@ -196,7 +196,7 @@ class TestAgain:
 
     def test_when_the_time_is_up_what_there_is_is_packed(self, script, finished, monkeypatch, capsys):
         def late(*_: Any) -> None:
-            raise script["TimeIsUpError"]
+            raise script["STOPS"][0]
 
         (finished / "pack" / ".writing-x").mkdir(parents=True)  # what a kill may have left
         monkeypatch.setitem(script["main"].__globals__, "release", late)

@@ -197,6 +197,25 @@ class TestRun:
         assert "checkpoint_rule" in report.conditions
 
 
+@pytest.mark.parametrize(
+    ("stop", "status", "told"),
+    [
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (SCRIPT["InterruptedRunError"]("saved", signal.SIGINT), 130, "stopped by Ctrl-C"),
+        (SCRIPT["InterruptedRunError"]("saved", signal.SIGTERM), 75, "the time is up"),
+        (SCRIPT["TimeIsUpError"](), 75, "the time is up"),
+    ],
+    ids=repr,
+)
+def test_what_stops_a_comparison_is_told_in_a_line(stop, status, told, tmp_path, monkeypatch, capsys):
+    def late(*_: Any) -> None:
+        raise stop
+
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "compare", late)
+    assert compare(tmp_path, "--methods", "none") == status
+    assert capsys.readouterr().out == f"{told}; the same command goes on from here\n"
+
+
 @pytest.mark.skipif(not PAGES.is_dir(), reason="an installed package has no docs/")
 @pytest.mark.parametrize("path", sorted(PAGES.glob("*.json")), ids=lambda path: path.stem)
 def test_the_tables_of_the_documents_are_those_of_the_measured_figures(path):

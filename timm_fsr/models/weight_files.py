@@ -230,4 +230,4 @@ def _reason(error: Exception) -> str:
     """The line of an error that says what was found, without torch's advice to read the file anyway."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "GLOBAL" in line or "Unsupported" in line or "global" in line]
-    return (telling or lines or [type(error).__name__])[0][:300]
+    return (telling or lines or [type(error).__name__])[0].partition(" Please use ")[0][:300]
