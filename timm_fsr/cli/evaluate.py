@@ -32,7 +32,7 @@ from timm_fsr.evaluation.estimate import (
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.registry import check_names
 from timm_fsr.evaluation.saved_images import rescore
-from timm_fsr.models.description import check_runs, class_names, input_size, own_crop, size_text
+from timm_fsr.models.description import check_image_memory, check_runs, class_names, input_size, own_crop, size_text
 from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.models.saving import load, saved_here, training_recipe, training_report
 from timm_fsr.reports.report import WORST_CASE, Report
@@ -209,6 +209,9 @@ def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: boo
         if size is None and options.checkpoint is None:  # a file of weights does not say what they were trained on
             size = known[1:]
             crop = None if saved_here(options.model) else own_crop(model)
+    if size is not None:  # before the images are decoded to it
+        sides = (size, size) if isinstance(size, int) else size
+        check_image_memory(as_pixel_model(model), (channels or 1, *sides))
     try:
         data = load_data(
             options.data,
