@@ -119,7 +119,7 @@ def main() -> None:
         labels = (torch.arange(args.batch) % 10).to(args.device)
         forward = forward_flops(trainer.timm_model, images)
         measured = [parts(trainer, images, labels, args.device) for _ in range(args.rounds + 1)][1:]
-    peak = peak_flops(args.device, dtype)
+    peak = peak_flops(args.device, dtype, min(args.rounds, 3))
     seconds = {name: statistics.median(one[name] for one in measured) for name in measured[0]}
     seconds["rest: checks, metrics, schedule"] = seconds["whole step of the engine"] - sum(list(seconds.values())[:4])
     flops = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
+import io
 import json
 import runpy
 import subprocess
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from timm_fsr.training.recipe import Recipe
 
@@ -29,6 +33,9 @@ TINY = {
     "training_step": "--model resnet_tiny_cifar --batch 2 --steps 1 --rounds 1 --no-memory",
 }
 
+# Those whose child processes differ in the environment's settings alone: one pass of their code will do.
+SETTINGS_ALONE = {"waiting_threads"}
+
 # What the scripts share, and those without a tiny mode.
 OTHERS = {"side_by_side", "architectures", "make_embedded_fashion_mnist"}
 
@@ -41,8 +48,30 @@ def run(script: str, arguments: list[str], folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--json", str(written)])
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if script in SETTINGS_ALONE:
+        monkeypatch.setattr(subprocess, "run", functools.partial(run_here, subprocess.run, {}))
     runpy.run_path(str(path), run_name="__main__")
     return json.loads(written.read_text())
+
+
+def run_here(start: Any, done: dict[Any, Any], command: list[str], **options: Any) -> Any:
+    """Run `python -c CODE ...` in this process, the same code once: a start takes seconds, and gives no other figure.
+
+    Args:
+        start: `subprocess.run`, for all other commands.
+        done: what was run, with its result.
+        command: see `subprocess.run`, as are the options.
+    """
+    if command[:2] != [sys.executable, "-c"]:
+        return start(command, **options)
+    if (key := tuple(command)) not in done:
+        threads, output = torch.get_num_threads(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+            patch.setattr(sys, "argv", ["-c", *command[3:]])
+            exec(compile(command[2], "child", "exec"), {"__name__": "__main__"})
+        torch.set_num_threads(threads)
+        done[key] = subprocess.CompletedProcess(command, 0, output.getvalue(), "")
+    return done[key]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -98,7 +98,17 @@ BRIEF = [
 
 DRIVER = """
 import contextlib, io, json, sys
+from timm_fsr.attacks.autoattack import Component
 from timm_fsr.cli.main import main
+from timm_fsr.evaluation.suites import adaptive
+
+build, adaptive.STEPS = Component._build, 2
+def brief(self, *args):
+    attack = build(self, *args)
+    attack.n_iter, attack.n_queries = 2, 2
+    return attack
+Component._build = brief
+
 found = []
 for arguments in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
@@ -113,28 +123,57 @@ print(json.dumps(found))
 
 
 def outputs(folder: Path, *commands: list[str]) -> list[tuple[int, str, str]]:
-    """Exit code and both outputs of commands that change nothing, in one process since each takes seconds to start."""
+    """Exit code and both outputs of commands, in one process since each takes seconds to start; attacks are brief."""
     driver = [sys.executable, "-c", DRIVER, json.dumps(commands)]
     done = subprocess.run(driver, cwd=folder, capture_output=True, text=True, check=True)
     return [tuple(found) for found in json.loads(done.stdout.splitlines()[-1])]
 
 
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "timm_fsr", *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+OWN = ["--import", "mine.py"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With `mine.py`, and a model that was trained by it."""
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str, str]]]:
+    """A folder with `mine.py` and what was made with it, and what the commands said."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "mine.py").write_text(MINE)
     flags = ["--model.layer=tint", "--model.layer_args.tint.start=0.5", "--objective.name=calm", "--attack.name=walk"]
     more = ["--attack.args.walk.shrink=0.9", "--objective.args.calm.weight=0.02", "--evaluation.attacks=[walk4,fgsm]"]
-    done = command(folder, "train", "--import", "mine.py", *flags, *more, *BRIEF, "--output=run")
-    assert done.returncode == 0, done.stderr
-    return folder
+    found = outputs(
+        folder,
+        ["train", *OWN, *flags, *more, *BRIEF, "--output=run"],
+        [
+            "evaluate",
+            *OWN,
+            "run/best",
+            "--limit=10",
+            "--eps=0.01",
+            "--attacks",
+            "walk2",
+            "adaptive",
+            "--output=results",
+        ],
+        ["evaluate", *OWN, "--help"],
+        ["train", *OWN, "--help"],
+        ["train", *OWN, "--objective.name=clam", *BRIEF],
+        ["evaluate", *OWN, "run/best", "--attacks", "wakl4"],
+    )
+    return folder, found
+
+
+@pytest.fixture(scope="module")
+def folder(told: tuple[Path, list[tuple[int, str, str]]]) -> Path:
+    """With `mine.py`, and a model that was trained by it."""
+    path, (trained, *_) = told
+    assert trained[0] == 0, trained[2]
+    return path
+
+
+@pytest.fixture(scope="module")
+def without_import(folder: Path) -> list[tuple[int, str, str]]:
+    """What two commands say that import nothing, in a process that has imported nothing: the recipe does, later."""
+    again = ["train", "--config=run/recipe.yaml", "--output=again", "--evaluation.attacks=[]"]
+    return outputs(folder, ["evaluate", "run/best", "--limit=10"], again)
 
 
 def test_it_is_trained_by_all_three(folder: Path) -> None:
@@ -146,21 +185,20 @@ def test_it_is_trained_by_all_three(folder: Path) -> None:
     assert "Walk(eps=0.03137254901960784, steps=3, shrink=0.9)" in report["conditions"]["training"]
 
 
-def test_the_recipe_remembers_what_to_import(folder: Path) -> None:
+def test_the_recipe_remembers_what_to_import(folder: Path, without_import: list[tuple[int, str, str]]) -> None:
     recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
     assert recipe["imports"] == [str((folder / "mine.py").resolve())]  # a resumed run may start elsewhere
     published = yaml.safe_load((folder / "run" / "best" / "recipe.yaml").read_text())
     assert published["imports"] == ["mine.py"]
-    done = command(folder, "train", "--config=run/recipe.yaml", "--output=again", "--evaluation.attacks=[]")
-    assert done.returncode == 0, done.stderr
+    code, _, error = without_import[1]
+    assert code == 0, error
     weights = [(folder / run / "last" / "model.safetensors").read_bytes() for run in ("run", "again")]
     assert weights[0] == weights[1]
 
 
-def test_it_is_evaluated_and_reloaded(folder: Path) -> None:
-    flags = ["--limit=10", "--eps=0.01", "--attacks", "walk2", "adaptive"]
-    done = command(folder, "evaluate", "--import=mine.py", "run/best", *flags, "--output=results")
-    assert done.returncode == 0, done.stderr
+def test_it_is_evaluated_and_reloaded(folder: Path, told: tuple[Path, list[tuple[int, str, str]]]) -> None:
+    code, _, error = told[1][1]
+    assert code == 0, error
     stages = json.loads((folder / "results" / "report.json").read_text())["stages"]["adaptive"]
     assert {"identity", "bypass", "joint 1"} <= stages.keys()
     script = """
@@ -173,22 +211,15 @@ assert timm.is_model("resnet50_tint")
     subprocess.run([sys.executable, "reload.py"], cwd=folder, check=True)
 
 
-def test_the_saved_model_names_what_to_import(folder: Path) -> None:
+def test_the_saved_model_names_what_to_import(folder: Path, without_import: list[tuple[int, str, str]]) -> None:
     assert json.loads((folder / "run" / "best" / "config.json").read_text())["timm_fsr"]["imports"] == ["mine.py"]
-    ((code, _, error),) = outputs(folder, ["evaluate", "run/best", "--limit=10"])
+    code, _, error = without_import[0]
     assert code == 2
     assert "a layer that mine.py registers: import that first (on the command line add --import mine.py)" in error
 
 
-def test_names_are_in_help_and_hints(folder: Path) -> None:
-    own = ["--import", "mine.py"]
-    help_of_evaluate, help_of_train, objective, attack = outputs(
-        folder,
-        ["evaluate", *own, "--help"],
-        ["train", *own, "--help"],
-        ["train", *own, "--objective.name=clam", *BRIEF],
-        ["evaluate", *own, "run/best", "--attacks", "wakl4"],
-    )
+def test_names_are_in_help_and_hints(told: tuple[Path, list[tuple[int, str, str]]]) -> None:
+    help_of_evaluate, help_of_train, objective, attack = told[1][2:]
     assert "walk20" in help_of_evaluate[1]
     assert "tint" in help_of_train[1]
     assert "did you mean 'calm'" in objective[2]

@@ -244,7 +244,8 @@ class TestOfficial:
         backbone, _ = NETWORKS[network]
         state = {key: official_weight(key, shape) for key, shape in official_keys(network).items()}
         model = convert_checkpoint({"net": state}, f"{backbone}_fsr")
-        assert all(torch.equal(v, timm_fsr.convert_official(state)[k]) for k, v in model.state_dict().items())
+        expected = timm_fsr.convert_official(state)
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
     def test_another_network_than_it_is(self):
         state = {key: official_weight(key, shape) for key, shape in official_keys("vgg16").items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -37,7 +39,9 @@ def script() -> Any:
         sys.path.remove(str(FOLDER))
 
 
-MORE = ["--methods", "none", "fsr", "--seeds", "0", "1", "--release", "fsr", "--note=Toys."]
+RELEASE = ["--methods", "none", "fsr", "--release", "fsr", "--note=Toys."]
+MORE = [*RELEASE, "--seeds", "0", "1"]
+ONE_SEED = [*RELEASE, "--seeds", "0"]  # half of the models to go through
 
 
 def flags(output: Path) -> list[str]:
@@ -58,10 +62,18 @@ def times(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def finished(script, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("checkpoints")
+def trained(script, tmp_path_factory) -> Path:
+    """What the command leaves, in which tests may run others."""
+    output = tmp_path_factory.mktemp("checkpoints") / "used"
     assert script["main"]([*flags(output), *MORE, "--pack=0.5"]) == 0
+    shutil.copytree(output, output.with_name("kept"))
     return output
+
+
+@pytest.fixture(scope="module")
+def finished(trained) -> Path:
+    """The same, in which nothing has been run since."""
+    return trained.with_name("kept")
 
 
 class TestRelease:
@@ -109,23 +121,23 @@ class TestRelease:
         assert facts["worst_case"]["float16"] == report.worst_case
         assert facts["bytes"] < 0.6 * (finished / "fsr_own_0/training/best/model.safetensors").stat().st_size
 
-    def test_rounding_that_costs_robustness_is_given_up(self, script, finished, tmp_path, monkeypatch, capsys):
+    def test_rounding_that_costs_robustness_is_given_up(self, script, trained, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(script["release"].__globals__, "compared", lambda before, after: (0, 9, False))
-        assert script["main"]([*flags(finished), *MORE, "--suffix=other"]) == 0
-        folder = finished / "hub" / NAME.replace("toys", "other")
+        assert script["main"]([*flags(trained), *ONE_SEED, "--suffix=other"]) == 0
+        folder = trained / "hub" / NAME.replace("toys", "other")
         assert json.loads((folder / "release.json").read_text())["rounded"] is False
         assert "+0 -9 images" in capsys.readouterr().out
         assert "dtype" not in json.loads((folder / "config.json").read_text())["timm_fsr"]
         collect(folder, f"timm-fsr/{folder.name}")
 
-    def test_and_so_are_weights_that_no_half_can_hold(self, script, finished, monkeypatch, capsys):
+    def test_and_so_are_weights_that_no_half_can_hold(self, script, trained, monkeypatch, capsys):
         def beyond(*_: Any) -> None:
             raise ValueError("fc.weight has numbers that torch.float16 cannot hold")
 
         monkeypatch.setattr(timm_fsr, "round_weights", beyond)
-        assert script["main"]([*flags(finished), *MORE, "--suffix=large"]) == 0
+        assert script["main"]([*flags(trained), *ONE_SEED, "--suffix=large"]) == 0
         assert "stays in float32: fc.weight" in capsys.readouterr().out
-        collect(finished / "hub" / NAME.replace("toys", "large"), f"timm-fsr/{NAME.replace('toys', 'large')}")
+        collect(trained / "hub" / NAME.replace("toys", "large"), f"timm-fsr/{NAME.replace('toys', 'large')}")
 
     def test_images_per_second_are_noted(self, finished):
         rows = json.loads((finished / "throughput.json").read_text())
@@ -151,31 +163,29 @@ class TestArchive:
 
 
 class TestAgain:
-    def test_the_same_command_changes_nothing_that_took_time(self, script, finished):
-        before = times(finished / "hub" / NAME) | times(finished / "fsr_own_0" / "training")
-        assert script["main"]([*flags(finished), *MORE]) == 0
-        assert times(finished / "hub" / NAME) | times(finished / "fsr_own_0" / "training") == before
+    def test_the_same_command_changes_nothing_that_took_time(self, script, trained):
+        before = times(trained / "hub" / NAME) | times(trained / "fsr_own_0" / "training")
+        assert script["main"]([*flags(trained), *MORE]) == 0
+        assert times(trained / "hub" / NAME) | times(trained / "fsr_own_0" / "training") == before
 
-    @pytest.mark.parametrize(
-        ("more", "found"),
-        [
-            (["--note=Other."], b"\nOther.\n"),
-            (["--namespace=lab"], b"hf-hub:lab/"),
-            (["--dtype=bfloat16"], b"(bfloat16)"),
-            (["--corruptions=10"], b"Common corruptions (15 kinds"),
-        ],
-    )
-    def test_other_options_make_the_folder_anew(self, script, finished, more, found):
-        if more[0].startswith("--corruptions"):
-            pytest.importorskip("imagecorruptions", exc_type=ImportError)
-        suffix = "--suffix=again"
-        assert script["main"]([*flags(finished), *MORE, suffix]) == 0
-        assert script["main"]([*flags(finished), *MORE, suffix, *more]) == 0
-        assert found in (finished / "hub" / NAME.replace("toys", "again") / "README.md").read_bytes()
+    def test_other_options_make_the_folder_anew(self, script, trained):
+        folder = trained / "hub" / NAME.replace("toys", "again")
+        asked = {
+            "--note=Toys.": b"\nToys.\n",
+            "--note=Other.": b"\nOther.\n",
+            "--namespace=lab": b"hf-hub:lab/",
+            "--dtype=bfloat16": b"(bfloat16)",
+        }
+        if importlib.util.find_spec("imagecorruptions"):
+            asked["--corruptions=10"] = b"Common corruptions (15 kinds"
+        for more, found in asked.items():
+            assert not folder.exists() or found not in (folder / "README.md").read_bytes()
+            assert script["main"]([*flags(trained), *ONE_SEED, "--suffix=again", more]) == 0
+            assert found in (folder / "README.md").read_bytes()
 
     @pytest.mark.parametrize("at", ["save_pretrained", "render_card", "write_text"])
-    def test_a_folder_that_was_killed_half_made_is_made(self, script, finished, monkeypatch, at):
-        suffix, folder = f"--suffix={at}", finished / "hub" / NAME.replace("toys", at)
+    def test_a_folder_that_was_killed_half_made_is_made(self, script, trained, monkeypatch, at):
+        suffix, folder = f"--suffix={at}", trained / "hub" / NAME.replace("toys", at)
 
         def late(*_: Any, **__: Any) -> None:
             raise script["STOPS"][0]
@@ -189,20 +199,20 @@ class TestAgain:
             else:
                 write = release[at]
                 patch.setitem(release, at, lambda path, text: late() if path.name == "README.md" else write(path, text))
-            assert script["main"]([*flags(finished), *MORE, suffix]) == 75
+            assert script["main"]([*flags(trained), *ONE_SEED, suffix]) == 75
         assert not (folder / "README.md").exists()
-        assert script["main"]([*flags(finished), *MORE, suffix]) == 0
+        assert script["main"]([*flags(trained), *ONE_SEED, suffix]) == 0
         collect(folder, f"timm-fsr/{folder.name}")
 
-    def test_when_the_time_is_up_what_there_is_is_packed(self, script, finished, monkeypatch, capsys):
+    def test_when_the_time_is_up_what_there_is_is_packed(self, script, trained, monkeypatch, capsys):
         def late(*_: Any) -> None:
             raise script["STOPS"][0]
 
-        (finished / "pack" / ".writing-x").mkdir(parents=True)  # what a kill may have left
+        (trained / "pack" / ".writing-x").mkdir(parents=True)  # what a kill may have left
         monkeypatch.setitem(script["main"].__globals__, "release", late)
-        assert script["main"]([*flags(finished), *MORE, "--pack=5"]) == 75
+        assert script["main"]([*flags(trained), *MORE, "--pack=5"]) == 75
         assert "the time is up" in capsys.readouterr().out
-        assert (finished / "pack" / "results.tar.0000").exists()
+        assert (trained / "pack" / "results.tar.0000").exists()
 
 
 class TestSpeed:

@@ -17,7 +17,9 @@ import torch
 from accelerate.state import PartialState
 
 import timm_fsr
+from timm_fsr.attacks.apgd import APGD
 from timm_fsr.attacks.autoattack import Component
+from timm_fsr.attacks.pgd import PGD
 from timm_fsr.evaluation import gradient_masking as evidence
 from timm_fsr.evaluation.benchmark import assess
 from timm_fsr.evaluation.gradient_masking import gather_evidence
@@ -60,6 +62,8 @@ def be_brief() -> None:
 
     Component._build = brief  # type: ignore[method-assign]
     adaptive.STEPS, adaptive._DRAWS = 1, 2
+    evidence.PGD = lambda **given: PGD(**{**given, "steps": 2})  # type: ignore[misc]
+    evidence.APGD = lambda **given: APGD(**given, steps=5)  # type: ignore[misc]
     evidence.EPS_FACTORS, evidence._NOISE_DRAWS, evidence._SLICES, evidence._SLICE_POINTS = (1.0, 64.0), 2, 1, 3
 
 
