@@ -80,6 +80,20 @@ def begin_output(recipe: Recipe, *, new: bool) -> None:
     write_text(folder / "recipe.yaml", dataclasses.replace(recipe, resume=False, overwrite=False).to_yaml())
 
 
+def is_concluded(folder: Path, *, epochs: int, evaluated: bool) -> bool:
+    """Whether a run's folder holds all of its results.
+
+    Args:
+        folder: of the run.
+        epochs: of its recipe; a run that stopped itself before has drawn its curves nevertheless.
+        evaluated: whether the recipe has the run attacked at its end.
+    """
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    trained = len(lines) >= epochs or (folder / "training.png").exists()
+    return trained and ((folder / "report.json").exists() or not evaluated)
+
+
 def _is_recipe(path: Path) -> bool:
     """Whether a file is what `begin_output` has written: a recipe with every key."""
     try:
