@@ -10,7 +10,7 @@ import pytest
 from timm_fsr.cli.help import HelpFormatter
 from timm_fsr.cli.main import main
 
-COMMANDS = ("evaluate", "report", "compare", "release", "models", "card", "push", "convert", "demo")
+COMMANDS = ("evaluate", "report", "runs", "sweep", "compare", "release", "models", "card", "push", "convert", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

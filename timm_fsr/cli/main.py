@@ -15,6 +15,8 @@ from timm_fsr.cli.extensions import import_given
 from timm_fsr.cli.hub import card_command, convert_command, models_command, push_command
 from timm_fsr.cli.release import release_command
 from timm_fsr.cli.report import report_command
+from timm_fsr.cli.runs import runs_command
+from timm_fsr.cli.sweep import sweep_command
 from timm_fsr.cli.train import train_command
 from timm_fsr.training.step import InterruptedRunError
 from timm_fsr.utils.errors import UnsoundError
@@ -62,6 +64,8 @@ _COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train_command, "train a model adversarially by a recipe"),
     "evaluate": (evaluate_command, "attack a model: robust accuracy, and the evidence for it"),
     "report": (report_command, "one page from the reports of one model, or of several side by side"),
+    "runs": (runs_command, "a table of training runs, and one page with their learning curves"),
+    "sweep": (sweep_command, "train a recipe with each value of a grid, or search for the best"),
     "compare": (compare_command, "train and attack a network with each feature layer at an equal budget"),
     "release": (release_command, "train, attack, round and pack robust checkpoints, ready for the Hub"),
     "models": (models_command, "list the robust checkpoints that timm knows by name"),
@@ -71,4 +75,4 @@ _COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (demo_command, "train with and without FSR on embedded images, and compare"),
 }
 
-_WITH_RECIPE = ("train", "compare", "release")
+_WITH_RECIPE = ("train", "sweep", "compare", "release")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,14 @@ from rich.console import Console
 from timm_fsr.training.lock import check_unlocked
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import checkpoints_of
+from timm_fsr.utils.errors import UnsoundError
 from timm_fsr.utils.files import write_text
+
+ENDED = "ended.json"
+"""Of a run that ended for good before its last epoch: {"state": "failed" or "pruned", "reason": a sentence}."""
+
+FAILURES = (FloatingPointError, UnsoundError, torch.OutOfMemoryError)
+"""What the recipe itself brings about: the same recipe would fail again."""
 
 _RESULTS = ("metrics.jsonl", "best", "last", "checkpoints", "trackers", "evaluation", "report.json", "training.png")
 
@@ -77,7 +87,33 @@ def begin_output(recipe: Recipe, *, new: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    (folder / ENDED).unlink(missing_ok=True)
     write_text(folder / "recipe.yaml", dataclasses.replace(recipe, resume=False, overwrite=False).to_yaml())
+
+
+@contextmanager
+def failures_noted(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Leave a note in the folder of a run that fails within it; the error goes on."""
+    try:
+        yield
+    except FAILURES as error:
+        if accelerator.is_main_process:
+            note_end(folder, "failed", str(error))
+        raise
+
+
+def note_end(folder: Path, state: str, reason: str) -> None:
+    """Write down that a run ended for good before its last epoch, see `ENDED`."""
+    write_text(folder / ENDED, json.dumps({"state": state, "reason": reason}) + "\n")
+
+
+def how_it_ended(folder: Path) -> dict[str, str]:
+    """What `note_end` has written; {} where it has not."""
+    try:
+        found = json.loads((folder / ENDED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_concluded(folder: Path, *, epochs: int, evaluated: bool) -> bool:
