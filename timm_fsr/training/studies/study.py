@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,7 @@ class Study(Generic[AnyTrial, Result]):
         Raises:
             StudyUnfinishedError: all that is left belongs to other shells.
         """
+        os.environ.setdefault("TRACKIO_DIR", str(self.folder.resolve() / "trackers" / "trackio"))  # one for all trials
         found: dict[AnyTrial, Result] = {}
         left = list(self.trials)
         while left:
