@@ -14,7 +14,7 @@ from timm_fsr.reports.charts import Line, line_chart
 Cell = str | float | int | None
 
 MOST_CURVES = 16  # more could not be told apart
-_DROPPED = ("test.clean", "held_out.clean", "seconds")  # in this order where a terminal is too narrow; then the rest
+_DROPPED = ("held_out.clean", "test.clean", "seconds")  # in this order where a terminal is too narrow
 _KEPT = ("run", "held_out.robust", "test.worst", "state")
 _LONGEST = 28  # characters of a cell in a terminal
 
@@ -67,7 +67,8 @@ class Table:
     def to_text(self, width: int = 80) -> str:
         """The table for a terminal of this many characters; columns that find no room are named below."""
         columns, dropped = list(self.columns), list[Column]()
-        order = [*_DROPPED, *(c.key for c in reversed(columns) if c.key.startswith("test."))]
+        attacks = [column.key for column in columns if column.key.startswith("test.") and column.key not in _KEPT]
+        order = [*(key for key in attacks if key not in _DROPPED), *_DROPPED]
         order += [column.key for column in reversed(columns) if column.kind == "recipe"]
         for key in order:
             if len(_lines(columns, self.rows)[0]) <= width:

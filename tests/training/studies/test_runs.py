@@ -85,7 +85,7 @@ class TestTable:
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines[:5])) <= 50
         assert "state" in lines[1]
-        assert any(line.startswith("no room for test clean, held-out clean") for line in lines)
+        assert any(line.startswith("no room for test fgsm, held-out clean, test clean") for line in lines)
 
     @pytest.mark.parametrize(
         ("flags", "order"),
