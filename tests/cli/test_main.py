@@ -288,7 +288,20 @@ class TestEntryPoints:
         assert caught.value.code == 0
         printed = capsys.readouterr().out
         assert printed.startswith("usage: timm-fsr")
-        names = ("train", "evaluate", "report", "models", "card", "push", "convert", "demo")
+        names = (
+            "train",
+            "evaluate",
+            "report",
+            "runs",
+            "sweep",
+            "compare",
+            "release",
+            "models",
+            "card",
+            "push",
+            "convert",
+            "demo",
+        )
         assert all(re.search(rf"^  {name} +\w+", printed, re.MULTILINE) for name in names)
 
     def test_the_version_is_the_packages(self, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from timm_fsr.reports.statistics import FEWEST_IMAGES, calibration, collapse, per_class_accuracy
+from timm_fsr.reports.statistics import FEWEST_IMAGES, calibration, collapse, mean_interval, per_class_accuracy
 
 NAN, INF = float("nan"), float("inf")
 
@@ -177,3 +177,18 @@ class TestCollapse:
         half = FEWEST_IMAGES // 2
         assert collapse([half, 0], [half, half])
         assert not collapse([half - 1, 0], [half - 1, half])
+
+
+class TestMeanInterval:
+    @pytest.mark.parametrize(("count", "quantile"), [(2, 12.706), (3, 4.303), (6, 2.571), (31, 2.042), (101, 1.984)])
+    def test_its_width_is_that_of_the_tables_of_students_t(self, count, quantile):
+        values = [float(value) for value in range(count)]
+        mean, low, high = mean_interval(values)
+        error = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+        assert mean == pytest.approx((count - 1) / 2)
+        assert (high - mean) / error == pytest.approx(quantile, abs=6e-4)
+        assert mean - low == pytest.approx(high - mean)
+
+    def test_one_value_has_none(self):
+        assert mean_interval([0.5]) is None
+        assert mean_interval([]) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +36,12 @@ class Teller:
         self.accelerator: Any = SimpleNamespace(
             is_main_process=main,
             log=lambda values, step: self.tracked.append((dict(values), step)),
-            init_trackers=lambda name, config: self.begun.append((name, config)),
+            init_trackers=self.init_trackers,
         )
+
+    def init_trackers(self, name: str, config: dict[str, Any], init_kwargs: dict[str, dict[str, Any]]) -> None:
+        self.begun.append((name, config))
+        self.options = init_kwargs
 
     def begin(self) -> None:
         begin_tracking(self.recipe, self.accelerator, lines=self.progress.lines)
@@ -124,6 +129,29 @@ class TestBegin:
             "objective.args.trades.beta": 5,
         }
         assert {key: config[key] for key in expected} == expected
+
+    def test_they_get_the_name_of_the_run_and_a_folder_inside_of_it(self, tmp_path, monkeypatch):
+        for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "TRACKIO_DIR"):
+            monkeypatch.setenv(variable, "asked")  # so that what is set here is undone
+            monkeypatch.delenv(variable)
+        run = Teller(tmp_path / "lr=0.1" / "training", "--trackers=[wandb,trackio]")
+        run.begin()
+        inside = tmp_path / "lr=0.1" / "training" / "trackers"
+        assert run.options == {
+            "wandb": {"name": "lr=0.1", "dir": str(inside)},
+            "trackio": {"name": "lr=0.1", "resume": "never"},
+        }
+        assert inside.is_dir()
+        for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "TRACKIO_DIR"):
+            assert Path(os.environ[variable]).is_relative_to(inside), variable
+
+    def test_but_where_the_user_has_chosen_a_folder_it_stays(self, tmp_path, monkeypatch):
+        for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "TRACKIO_DIR"):
+            monkeypatch.setenv(variable, "asked")
+        run = Teller(tmp_path, "--trackers=[wandb,trackio]")
+        run.begin()
+        assert "dir" not in run.options["wandb"]
+        assert {os.environ[name] for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "TRACKIO_DIR")} == {"asked"}
 
     def test_without_trackers_none_is_started(self, tmp_path):
         run = Teller(tmp_path)

@@ -122,9 +122,9 @@ def _terminable() -> Iterator[None]:
 
 def explanation(command: str, error: Exception) -> tuple[int, str]:
     """The exit status for an error, and a sentence that says what failed and what to do."""
-    number = getattr(error, "number", None)  # an InterruptedRunError, whose file would have to load torch
-    if isinstance(error, RuntimeError) and number is not None:
-        return 128 + int(number), str(error)
+    status = getattr(error, "status", None)  # of an InterruptedRunError, whose file would have to load torch
+    if isinstance(error, RuntimeError) and isinstance(status, int):
+        return status, str(error)
     if is_out_of_memory(error):
         remedy = _LESS_MEMORY.get(command, "close other programs, or use a machine with more")
         return 2, f"error: the memory is full ({_short(error, 200)}); {remedy}"

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: Sequence[str]) -> None:
     """Read the flags, which refuses wrong ones before anything heavy is imported, and start the command."""
     others = import_given(arguments)
-    start(name, make_parser(name).read(arguments if name == "train" else others))  # a recipe remembers its imports
+    start(name, make_parser(name).read(arguments if COMMANDS[name].has_recipe else others))
 
 
 def _command_name(given: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # loaded only when something is drawn: it takes a while
 WIDTH, HEIGHT = 560, 300  # of a chart in a page, in CSS pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 28, 14, 46
 _LEGEND_ROW = 20
+_MOST_MARKS = 40  # a line of more points has none
 _DASHES = ((), (7, 4), (2, 4), (9, 3, 2, 3))  # so that lines differ without their colour too
 
 # The colours of a light page. Inside a page each becomes the variable of that name, which dark mode changes.
@@ -93,15 +94,21 @@ def line_chart(
             axes.annotate("chance", (0, chance), (0, 3), "axes fraction", "offset points", color=_QUIET)
         marks: list[Artist] = []
         for index, line in enumerate(lines):
-            colour, dashes = _SERIES[index % len(_SERIES)], _DASHES[index % len(_DASHES)]
+            colour, dashes = _look(index, len(lines))
             style: Any = (0, dashes) if dashes else "-"
             marks += axes.plot(line.x, line.y, color=colour, linestyle=style, linewidth=2.5, label=line.name)
-            for x, y in zip(line.x, line.y, strict=True):
+            for x, y in zip(line.x, line.y, strict=True) if len(line.x) <= _MOST_MARKS else ():
                 note = f"{_NOTE}{line.name}: {100 * y:.1f} % at {x:g}"
                 axes.plot([x], [y], "o", color=colour, markersize=7, gid=note)
         if len(lines) > 1:
             _legend(figure, marks)
         return _inline(figure, title, "chart")
+
+
+def _look(index: int, count: int) -> tuple[str, tuple[int, ...]]:
+    """Colour and dashes of a line; of up to 16 no two are the same."""
+    row = index if count <= len(_SERIES) else index // len(_SERIES)
+    return _SERIES[index % len(_SERIES)], _DASHES[row % len(_DASHES)]
 
 
 def bar_chart(

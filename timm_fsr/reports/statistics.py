@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -162,6 +163,36 @@ def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
     low = 0.0 if successes == 0 else _root(lambda p: 1 - _at_most(successes - 1, count, p) - tail)
     high = 1.0 if successes == count else _root(lambda p: tail - _at_most(successes, count, p))
     return low, high
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """Mean of a sample and the 95 % interval of what it estimates, by Student's t distribution.
+
+    Args:
+        values: such as the accuracies of a training with several seeds.
+
+    Returns:
+        Mean, lower and upper bound; None for fewer than two values, whose spread is unknown.
+    """
+    if len(values) < 2:
+        return None
+    mean, half = fmean(values), _t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def _t_quantile(freedom: int) -> float:
+    """What 97.5 % of Student's t distribution with this many degrees of freedom lies below: 12.706 for 1."""
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+
+    def below(place: float) -> float:
+        angles = torch.linspace(0, math.atan(place / math.sqrt(freedom)), 4001, dtype=torch.float64)
+        # With t = sqrt(freedom) tan(angle) the density is a power of a cosine, smooth on a finite range.
+        return 0.5 + math.exp(log_scale) * math.sqrt(freedom) * float(
+            torch.trapezoid(angles.cos() ** (freedom - 1), angles)
+        )
+
+    found = _root(lambda share: below(share / max(1 - share, 1e-12)) - 0.975)
+    return found / (1 - found)
 
 
 def _at_most(successes: int, count: int, probability: float) -> float:

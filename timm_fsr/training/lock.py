@@ -20,12 +20,32 @@ LOCK = "run.lock"
 _ATTEMPTS = 10  # to take a stale lock away while others try the same
 
 
+class FolderInUseError(FileExistsError):
+    """Another process has a folder.
+
+    Attributes:
+        path: of its lock.
+        holder: which process that is, and since when.
+    """
+
+    def __init__(self, path: Path, holder: dict[str, Any]) -> None:
+        self.path, self._known = path, holder
+        self.holder = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('started')}"
+        super().__init__(
+            f"a run is going on in {path.parent}: {self.holder}; wait for its end, or choose another folder with "
+            f"--output. If that process is gone for certain, delete {path}"
+        )
+
+    def __reduce__(self) -> tuple[type[FolderInUseError], tuple[Path, dict[str, Any]]]:
+        return type(self), (self.path, self._known)  # the main process sends it to the others
+
+
 @contextmanager
 def reserved(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Within it the folder belongs to this run; the main process holds the lock for all of them.
 
     Raises:
-        FileExistsError: another run has the folder; on every process.
+        FolderInUseError: another run has the folder; on every process.
         OSError: the folder cannot be made, or is not writable.
     """
     with ExitStack() as undo:
@@ -38,7 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Make the folder if necessary, and hold its lock; a folder that stays empty is removed again.
 
     Raises:
-        FileExistsError: another process holds it.
+        FolderInUseError: another process holds it.
         OSError: the folder cannot be made, or is not writable.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -58,10 +78,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Raise FileExistsError if another process trains into the folder now."""
+    """Raise FolderInUseError if another process trains into the folder now."""
+    holder = _holder(folder)
+    if holder is not None:
+        raise FolderInUseError(folder / LOCK, holder)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process works in the folder now."""
+    return _holder(folder) is not None
+
+
+def _holder(folder: Path) -> dict[str, Any] | None:
     holder = _read(folder / LOCK)
-    if holder is not None and not _is_stale(holder):
-        raise FileExistsError(_told(folder / LOCK, holder))
+    return None if holder is None or _is_stale(holder) else holder
 
 
 def _take(path: Path, own: dict[str, Any]) -> None:
@@ -75,7 +105,7 @@ def _take(path: Path, own: dict[str, Any]) -> None:
             except FileExistsError:
                 holder = _read(path)
                 if holder is not None and not _is_stale(holder):
-                    raise FileExistsError(_told(path, holder)) from None
+                    raise FolderInUseError(path, holder) from None
                 _remove(path, holder)
             else:
                 return
@@ -148,11 +178,3 @@ def _born(pid: int) -> str | None:
     except OSError:
         return None
     return text.rpartition(")")[2].split()[19]
-
-
-def _told(path: Path, holder: dict[str, Any]) -> str:
-    return (
-        f"a run is going on in {path.parent}: process {holder.get('pid')} on {holder.get('host')}, since "
-        f"{holder.get('started')}; wait for its end, or choose another folder with --output. If that process is gone "
-        f"for certain, delete {path}"
-    )

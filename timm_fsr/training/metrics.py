@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -47,9 +49,27 @@ def begin_tracking(recipe: Recipe, accelerator: Accelerator, *, lines: int) -> N
     if recipe.trackers:
         config = flatten(yaml.safe_load(recipe.to_yaml()))
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
-        accelerator.init_trackers("timm_fsr", config=plain)
+        options = _tracker_options(recipe, resumed=lines > 0) if accelerator.is_main_process else {}
+        accelerator.init_trackers("timm_fsr", config=plain, init_kwargs=options)
     if accelerator.is_main_process:
         write_text(recipe.folder / _FILE, "".join(_lines(recipe.folder)[:lines]))
+
+
+def _tracker_options(recipe: Recipe, *, resumed: bool) -> dict[str, dict[str, Any]]:
+    """The run's name, and a folder inside of its own for what a tracker writes, unless the user has chosen another."""
+    folder = recipe.folder.resolve()
+    name = folder.parent.name if folder.name == "training" else folder.name  # as a trial of a study
+    options: dict[str, dict[str, Any]] = {}
+    if "wandb" in recipe.trackers:
+        place = folder / "trackers"
+        place.mkdir(parents=True, exist_ok=True)  # else wandb would take a temporary folder
+        options["wandb"] = {"name": name} if "WANDB_DIR" in os.environ else {"name": name, "dir": str(place)}
+        for variable, inner in (("WANDB_CACHE_DIR", "cache"), ("WANDB_DATA_DIR", "data")):
+            os.environ.setdefault(variable, str(place / "wandb" / inner))
+    if "trackio" in recipe.trackers:
+        options["trackio"] = {"name": name, "resume": "allow" if resumed else "never"}
+        os.environ.setdefault("TRACKIO_DIR", str(folder / "trackers" / "trackio"))  # read when trackio is imported
+    return options
 
 
 def log_epoch(

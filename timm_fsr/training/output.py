@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from timm_fsr.training.lock import check_unlocked
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import checkpoints_of
 from timm_fsr.utils.documents import read_yaml
+from timm_fsr.utils.errors import UnsoundError
 from timm_fsr.utils.files import write_text
 
 _MODEL = ("config.json", "model.safetensors", "report.json", "recipe.yaml", ".writing-*/*")
@@ -34,6 +37,12 @@ _MADE = {
     "training.png": (),
 }
 """What a run leaves in its folder: files, and folders with patterns of the files that it makes in them."""
+
+ENDED = "ended.json"
+"""Of a run that ended for good before its last epoch: {"state": "failed" or "pruned", "reason": a sentence}."""
+
+FAILURES = (FloatingPointError, UnsoundError, torch.OutOfMemoryError)
+"""What the recipe itself brings about: the same recipe would fail again."""
 
 Snapshot = tuple[dict[str, Any], dict[str, Any]]
 """Tensors and values of a checkpoint."""
@@ -89,6 +98,7 @@ def begin_output(recipe: Recipe, *, new: bool) -> None:
     if new:
         for name in reversed(_MADE):  # the file that marks a run is removed last
             _remove_made(recipe.folder / name, _MADE[name])
+    (recipe.folder / ENDED).unlink(missing_ok=True)
     write_text(recipe.folder / "recipe.yaml", dataclasses.replace(recipe, resume=False, overwrite=False).to_yaml())
 
 
@@ -104,6 +114,45 @@ def _remove_made(path: Path, patterns: tuple[str, ...]) -> None:
     for folder in [*sorted(folders, reverse=True), path]:  # the inner ones first
         with suppress(OSError):  # something of somebody else's is in it
             folder.rmdir()
+
+
+@contextmanager
+def failures_noted(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Leave a note in the folder of a run that fails within it; the error goes on."""
+    try:
+        yield
+    except FAILURES as error:
+        if accelerator.is_main_process:
+            note_end(folder, "failed", str(error))
+        raise
+
+
+def note_end(folder: Path, state: str, reason: str) -> None:
+    """Write down that a run ended for good before its last epoch, see `ENDED`."""
+    write_text(folder / ENDED, json.dumps({"state": state, "reason": reason}) + "\n")
+
+
+def how_it_ended(folder: Path) -> dict[str, str]:
+    """What `note_end` has written; {} where it has not."""
+    try:
+        found = json.loads((folder / ENDED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_concluded(folder: Path, *, epochs: int, evaluated: bool) -> bool:
+    """Whether a run's folder holds all of its results.
+
+    Args:
+        folder: of the run.
+        epochs: of its recipe; a run that stopped itself before has drawn its curves nevertheless.
+        evaluated: whether the recipe has the run attacked at its end.
+    """
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    trained = len(lines) >= epochs or (folder / "training.png").exists()
+    return trained and ((folder / "report.json").exists() or not evaluated)
 
 
 def _is_recipe(path: Path) -> bool:

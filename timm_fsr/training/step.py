@@ -39,6 +39,11 @@ class InterruptedRunError(RuntimeError):
         super().__init__(message)
         self.number = number
 
+    @property
+    def status(self) -> int:
+        """Exit status for the shell: 143 after SIGTERM, 130 after Ctrl-C."""
+        return 128 + self.number
+
 
 @dataclass(frozen=True)
 class StepResult:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ from timm_fsr.training.freezing import Frozen, find_frozen
 from timm_fsr.training.lock import reserved
 from timm_fsr.training.metrics import begin_tracking, check_trackers, log_epoch, summarise
 from timm_fsr.training.objectives.base import Objective, unwrapped
-from timm_fsr.training.output import Snapshot, begin_output, check_output, find_snapshot
+from timm_fsr.training.output import Snapshot, begin_output, check_output, failures_noted, find_snapshot
 from timm_fsr.training.pace import Watch, watched
 from timm_fsr.training.prepare import (
     build_model,
@@ -64,8 +64,11 @@ __all__ = ["InterruptedRunError", "Trainer", "train"]
 MOST_SKIPPED = 20
 """Steps in a row that may be skipped because of a NaN or an infinity."""
 
+OnValidation = Callable[[int, Mapping[str, float]], None]
+"""Called with the epoch, counted from 1, and its metrics, when both are saved; what it raises ends the run."""
 
-def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
+
+def train(recipe: Recipe | Mapping[str, Any], *, on_validation: OnValidation | None = None) -> nn.Module:
     """Train a model by `recipe`, keep its best and last model, and evaluate the best on the test images.
 
     The best model has the highest robust accuracy (PGD) on held-out training images, then the highest clean
@@ -73,6 +76,7 @@ def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
 
     Args:
         recipe: from `Recipe.load` or made in Python; or its keys and values as YAML would hold them.
+        on_validation: called after each epoch with a validation, on every process; see `OnValidation`.
 
     Returns:
         The best model, a timm model in eval mode. `recipe.output` holds `best/` and `last/`, `checkpoints/`,
@@ -95,11 +99,11 @@ def train(recipe: Recipe | Mapping[str, Any]) -> nn.Module:
     accelerator = build_accelerator(recipe)
     console = Console(quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False, soft_wrap=True)
     try:
-        with reserved(recipe.folder, accelerator):
+        with reserved(recipe.folder, accelerator), failures_noted(recipe.folder, accelerator):
             snapshot = find_snapshot(recipe, accelerator, console)
             begun = None if snapshot is None else snapshot[1]["identity"]
             recipe = with_input_of_model(recipe, begun and begun["recipe"], console)
-            return Trainer.prepare(recipe, accelerator, console, begun=begun).fit(snapshot)
+            return Trainer.prepare(recipe, accelerator, console, begun=begun).fit(snapshot, on_validation)
     finally:
         accelerator.end_training()
 
@@ -205,11 +209,12 @@ class Trainer:
             steps_per_epoch=steps_per_epoch,
         )
 
-    def fit(self, snapshot: Snapshot | None = None) -> nn.Module:
+    def fit(self, snapshot: Snapshot | None = None, on_validation: OnValidation | None = None) -> nn.Module:
         """Train to the end, evaluate the best model and return it. The errors are those of `train`.
 
         Args:
             snapshot: tensors and values of a checkpoint to resume from; None: start from the beginning.
+            on_validation: see `train`.
         """
         if snapshot is not None:
             self.restore(*snapshot)
@@ -224,7 +229,7 @@ class Trainer:
                 self._train_epoch(stop_asked, watch)
                 ended = time.perf_counter()
                 metrics, best = self._training_metrics(), False
-                if self._validation_is_due():
+                if validated := self._validation_is_due():
                     self.save_checkpoint()  # validation may take long, or find that the model returns NaN
                     metrics |= self.validate()
                     best = self._judge(metrics)
@@ -232,6 +237,8 @@ class Trainer:
                 self._finish_epoch(metrics, ended, watch.remaining())
                 self.save_checkpoint()
                 watch.end_epoch()
+                if validated and on_validation is not None:
+                    on_validation(self.progress.epoch, metrics)
                 self._check_stop(stop_asked)
         if self.progress.stopped:
             self.console.print(f"stopped after epoch {self.progress.epoch}: {self.progress.stopped}")

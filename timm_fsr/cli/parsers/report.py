@@ -21,7 +21,9 @@ def report_parser() -> CommandParser:
         "reports", nargs="+", help="folders that `timm-fsr evaluate --output` wrote, or report.json files"
     )
     parser.add_argument(
-        "--names", nargs="+", help="what to call the models, in the same order (default: as their reports do)"
+        "--names",
+        nargs="+",
+        help="what to call the models, in the same order (default: as their reports do; by folder where that is equal)",
     )
     parser.add_argument("--output", default=PAGE, help="the page")
     return parser

@@ -11,6 +11,7 @@ from typing import Any
 
 from timm_fsr.layers import layer_class
 from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.studies.study import TRAINING
 from timm_fsr.utils.documents import read_yaml
 
 PLAIN, OWN, SAME = "none", "own", "same"
@@ -58,9 +59,14 @@ class Entry:
         return self.beside(PLAIN)
 
     @property
-    def folder(self) -> str:
-        """Name of the folder of its results."""
+    def name(self) -> str:
+        """Of the folder of its results."""
         return "_".join([re.sub("[:=,/]", "-", self.method), self.place, str(self.seed)])
+
+    @property
+    def title(self) -> str:
+        """Method, place and seed in words."""
+        return f"{self.method}, {self.place} place, seed {self.seed}"
 
     def recipe(self, base: Recipe, output: Path) -> Recipe:
         """The configuration with this method's layer, place and seed."""
@@ -75,7 +81,7 @@ class Entry:
             model = dataclasses.replace(model, at=list(SAME_PLACE))
         if self.objective is not None:
             base = dataclasses.replace(base, objective=dataclasses.replace(base.objective, name=self.objective))
-        folder = str(output / self.folder / "training")
+        folder = str(output / self.name / TRAINING)
         return dataclasses.replace(base, model=model, seed=self.seed, output=folder, resume=True, overwrite=False)
 
 

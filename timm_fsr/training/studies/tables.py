@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from entries import OWN, SAME, Entry
 
 from timm_fsr.evaluation.registry import ENSEMBLE
 from timm_fsr.reports.charts import new_figure, save_png
 from timm_fsr.reports.comparison import mcnemar
 from timm_fsr.reports.report import WORST_CASE, Report
+from timm_fsr.training.studies.entries import OWN, SAME, Entry
+from timm_fsr.training.studies.study import TRAINING, say
 from timm_fsr.utils.files import write_text
 
 COLUMNS = {
@@ -49,7 +50,7 @@ def render(found: Mapping[Entry, Report], output: Path, against: Sequence[str]) 
     write_text(output / "comparison.json", json.dumps(rows, indent=1) + "\n")
     write_text(output / "comparison.md", text)
     plot(rows, output / "comparison.png")
-    print(f"\n{text}", flush=True)
+    say(f"\n{text}")
 
 
 def in_common(found: Mapping[Entry, Report]) -> tuple[dict[Entry, Report], list[str]]:
@@ -74,7 +75,7 @@ def restricted(report: Report, names: set[str]) -> Report:
 
 def row(entry: Entry, reports: Mapping[Entry, Report], against: Sequence[str], output: Path) -> Row:
     """What the tables and the plot show of one model: they are drawn from rows alone."""
-    report, training = reports[entry], output / entry.folder / "training"
+    report, training = reports[entry], output / entry.name / TRAINING
     seconds = sum(json.loads(line)["seconds"] for line in (training / "metrics.jsonl").read_text().splitlines())
     model = timm.create_model(f"local-dir:{training / 'best'}", pretrained=True)
     accuracy = {**report.accuracy, WORST_CASE: report.worst_case}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import runpy
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,27 +20,22 @@ import torch
 from support.tiny import BRIEF_TRAINING
 
 import timm_fsr
+from timm_fsr.cli.main import main
 from timm_fsr.hub.publish import collect
 from timm_fsr.reports.report import Report
-from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.studies import release as releasing
+from timm_fsr.training.studies import speed
+from timm_fsr.training.studies.compare import Comparison
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "recipes" / "compare"
+ROOT = Path(__file__).parents[3]
 NAME = "resnet_tiny_cifar_fsr.at_toys"
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    sys.path.insert(0, str(FOLDER))  # as `python recipes/compare/checkpoints.py` does
-    try:
-        return runpy.run_path(str(FOLDER / "checkpoints.py"))
-    finally:
-        sys.path.remove(str(FOLDER))
+def release(arguments: list[str]) -> int:
+    return main(["release", *arguments])
 
 
-RELEASE = ["--methods", "none", "fsr", "--release", "fsr", "--note=Toys."]
-MORE = [*RELEASE, "--seeds", "0", "1"]
-ONE_SEED = [*RELEASE, "--seeds", "0"]  # half of the models to go through
+MORE = ["--methods", "none", "fsr", "--seeds", "0", "1", "--release", "fsr", "--note=Toys."]
 
 
 def flags(output: Path) -> list[str]:
@@ -62,18 +56,10 @@ def times(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def trained(script, tmp_path_factory) -> Path:
-    """What the command leaves, in which tests may run others."""
-    output = tmp_path_factory.mktemp("checkpoints") / "used"
-    assert script["main"]([*flags(output), *MORE, "--pack=0.5"]) == 0
-    shutil.copytree(output, output.with_name("kept"))
+def finished(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("checkpoints")
+    assert release([*flags(output), *MORE, "--pack=0.5"]) == 0
     return output
-
-
-@pytest.fixture(scope="module")
-def finished(trained) -> Path:
-    """The same, in which nothing has been run since."""
-    return trained.with_name("kept")
 
 
 class TestRelease:
@@ -121,23 +107,23 @@ class TestRelease:
         assert facts["worst_case"]["float16"] == report.worst_case
         assert facts["bytes"] < 0.6 * (finished / "fsr_own_0/training/best/model.safetensors").stat().st_size
 
-    def test_rounding_that_costs_robustness_is_given_up(self, script, trained, tmp_path, monkeypatch, capsys):
-        monkeypatch.setitem(script["release"].__globals__, "compared", lambda before, after: (0, 9, False))
-        assert script["main"]([*flags(trained), *ONE_SEED, "--suffix=other"]) == 0
-        folder = trained / "hub" / NAME.replace("toys", "other")
+    def test_rounding_that_costs_robustness_is_given_up(self, finished, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(releasing, "compared", lambda before, after: (0, 9, False))
+        assert release([*flags(finished), *MORE, "--suffix=other"]) == 0
+        folder = finished / "hub" / NAME.replace("toys", "other")
         assert json.loads((folder / "release.json").read_text())["rounded"] is False
         assert "+0 -9 images" in capsys.readouterr().out
         assert "dtype" not in json.loads((folder / "config.json").read_text())["timm_fsr"]
         collect(folder, f"timm-fsr/{folder.name}")
 
-    def test_and_so_are_weights_that_no_half_can_hold(self, script, trained, monkeypatch, capsys):
+    def test_and_so_are_weights_that_no_half_can_hold(self, finished, monkeypatch, capsys):
         def beyond(*_: Any) -> None:
             raise ValueError("fc.weight has numbers that torch.float16 cannot hold")
 
-        monkeypatch.setattr(timm_fsr, "round_weights", beyond)
-        assert script["main"]([*flags(trained), *ONE_SEED, "--suffix=large"]) == 0
+        monkeypatch.setattr(releasing, "round_weights", beyond)
+        assert release([*flags(finished), *MORE, "--suffix=large"]) == 0
         assert "stays in float32: fc.weight" in capsys.readouterr().out
-        collect(trained / "hub" / NAME.replace("toys", "large"), f"timm-fsr/{NAME.replace('toys', 'large')}")
+        collect(finished / "hub" / NAME.replace("toys", "large"), f"timm-fsr/{NAME.replace('toys', 'large')}")
 
     def test_images_per_second_are_noted(self, finished):
         rows = json.loads((finished / "throughput.json").read_text())
@@ -163,63 +149,70 @@ class TestArchive:
 
 
 class TestAgain:
-    def test_the_same_command_changes_nothing_that_took_time(self, script, trained):
-        before = times(trained / "hub" / NAME) | times(trained / "fsr_own_0" / "training")
-        assert script["main"]([*flags(trained), *MORE]) == 0
-        assert times(trained / "hub" / NAME) | times(trained / "fsr_own_0" / "training") == before
+    def test_the_same_command_changes_nothing_that_took_time(self, finished):
+        before = times(finished / "hub" / NAME) | times(finished / "fsr_own_0" / "training")
+        assert release([*flags(finished), *MORE]) == 0
+        assert times(finished / "hub" / NAME) | times(finished / "fsr_own_0" / "training") == before
 
-    def test_other_options_make_the_folder_anew(self, script, trained):
-        folder = trained / "hub" / NAME.replace("toys", "again")
-        asked = {
-            "--note=Toys.": b"\nToys.\n",
-            "--note=Other.": b"\nOther.\n",
-            "--namespace=lab": b"hf-hub:lab/",
-            "--dtype=bfloat16": b"(bfloat16)",
-        }
-        if importlib.util.find_spec("imagecorruptions"):
-            asked["--corruptions=10"] = b"Common corruptions (15 kinds"
-        for more, found in asked.items():
-            assert not folder.exists() or found not in (folder / "README.md").read_bytes()
-            assert script["main"]([*flags(trained), *ONE_SEED, "--suffix=again", more]) == 0
-            assert found in (folder / "README.md").read_bytes()
+    @pytest.mark.parametrize(
+        ("more", "found"),
+        [
+            (["--note=Other."], b"\nOther.\n"),
+            (["--namespace=lab"], b"hf-hub:lab/"),
+            (["--dtype=bfloat16"], b"(bfloat16)"),
+            (["--corruptions=10"], b"Common corruptions (15 kinds"),
+        ],
+    )
+    def test_other_options_make_the_folder_anew(self, finished, more, found):
+        if more[0].startswith("--corruptions"):
+            pytest.importorskip("imagecorruptions", exc_type=ImportError)
+        suffix = "--suffix=again"
+        assert release([*flags(finished), *MORE, suffix]) == 0
+        assert release([*flags(finished), *MORE, suffix, *more]) == 0
+        assert found in (finished / "hub" / NAME.replace("toys", "again") / "README.md").read_bytes()
 
     @pytest.mark.parametrize("at", ["save_pretrained", "render_card", "write_text"])
-    def test_a_folder_that_was_killed_half_made_is_made(self, script, trained, monkeypatch, at):
-        suffix, folder = f"--suffix={at}", trained / "hub" / NAME.replace("toys", at)
+    def test_a_folder_that_was_killed_half_made_is_made(self, finished, monkeypatch, at):
+        suffix, folder = f"--suffix={at}", finished / "hub" / NAME.replace("toys", at)
 
         def late(*_: Any, **__: Any) -> None:
-            raise script["STOPS"][0]
+            signal.raise_signal(signal.SIGALRM)
 
-        release = script["release"].__globals__
+        write = releasing.write_text
+
+        def late_for_card(path: Path, text: str) -> None:
+            if path.name == "README.md":
+                late()
+            write(path, text)
+
         with monkeypatch.context() as patch:
-            if at == "save_pretrained":
-                patch.setattr(timm_fsr, at, late)
-            elif at == "render_card":
-                patch.setitem(release, at, late)
+            if at == "write_text":
+                patch.setattr(
+                    releasing, at, lambda path, text: late() if path.name == "README.md" else write(path, text)
+                )
             else:
-                write = release[at]
-                patch.setitem(release, at, lambda path, text: late() if path.name == "README.md" else write(path, text))
-            assert script["main"]([*flags(trained), *ONE_SEED, suffix]) == 75
+                patch.setattr(releasing, at, late)
+            assert release([*flags(finished), *MORE, suffix]) == 75
         assert not (folder / "README.md").exists()
-        assert script["main"]([*flags(trained), *ONE_SEED, suffix]) == 0
+        assert release([*flags(finished), *MORE, suffix]) == 0
         collect(folder, f"timm-fsr/{folder.name}")
 
-    def test_when_the_time_is_up_what_there_is_is_packed(self, script, trained, monkeypatch, capsys):
+    def test_when_the_time_is_up_what_there_is_is_packed(self, finished, monkeypatch, capsys):
         def late(*_: Any) -> None:
-            raise script["STOPS"][0]
+            signal.raise_signal(signal.SIGALRM)
 
-        (trained / "pack" / ".writing-x").mkdir(parents=True)  # what a kill may have left
-        monkeypatch.setitem(script["main"].__globals__, "release", late)
-        assert script["main"]([*flags(trained), *MORE, "--pack=5"]) == 75
-        assert "the time is up" in capsys.readouterr().out
-        assert (trained / "pack" / "results.tar.0000").exists()
+        (finished / "pack" / ".writing-x").mkdir(parents=True)  # what a kill may have left
+        monkeypatch.setattr(releasing, "release", late)
+        assert release([*flags(finished), *MORE, "--pack=5"]) == 75
+        assert "the time is up" in capsys.readouterr().err
+        assert (finished / "pack" / "results.tar.0000").exists()
 
 
 class TestSpeed:
     FLAGS = ("--speed", "--device=cpu", "--mixed_precision=bf16", "--compile=inductor")
 
     @pytest.fixture
-    def commands(self, script, monkeypatch) -> list[list[str]]:
+    def commands(self, monkeypatch) -> list[list[str]]:
         """What is run, without running it."""
         found: list[list[str]] = []
 
@@ -227,14 +220,14 @@ class TestSpeed:
             found.append(command)
             Path(command[-1]).write_text('{"peak_flops": 1.0}')
 
-        monkeypatch.setattr(script["subprocess"], "run", run)
-        monkeypatch.setitem(script["main"].__globals__, "compare", lambda *_: {})
-        monkeypatch.setitem(script["main"].__globals__, "in_common", lambda found: (found, []))
+        monkeypatch.setattr(speed.subprocess, "run", run)
+        monkeypatch.setattr(Comparison, "run", lambda _: {})
+        monkeypatch.setattr(releasing, "in_common", lambda found: (found, []))
         return found
 
-    def test_the_benchmarks_get_what_they_understand(self, script, tmp_path, monkeypatch, commands):
+    def test_the_benchmarks_get_what_they_understand(self, tmp_path, monkeypatch, commands):
         code = tmp_path / "code"
-        assert script["main"]([*flags(tmp_path), *self.FLAGS, f"--official={code}"]) == 0
+        assert release([*flags(tmp_path), *self.FLAGS, f"--official={code}"]) == 0
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
         parsed = {}
         for _, path, *arguments in commands:
@@ -246,31 +239,45 @@ class TestSpeed:
         assert {args.compile for args in parsed.values()} == {"inductor"}
         assert {args.batch for args in parsed.values()} == {50}
 
-    def test_once_for_the_same_question(self, script, tmp_path, commands):
+    def test_once_for_the_same_question(self, tmp_path, commands):
         for more in ([], [], ["--optim.batch_size=20"]):
-            assert script["main"]([*flags(tmp_path), *self.FLAGS, *more]) == 0
+            assert release([*flags(tmp_path), *self.FLAGS, *more]) == 0
         assert [Path(command[1]).stem for command in commands] == ["training_step", "profile_step"] * 2
 
-    def test_what_takes_too_long_is_left_out(self, script, tmp_path, monkeypatch, capsys, commands):
+    def test_what_takes_too_long_is_left_out(self, tmp_path, monkeypatch, capsys, commands):
         def run(command: list[str], *, check: bool, timeout: float | None) -> None:
             assert timeout == 60 * 9 / 6
             raise subprocess.TimeoutExpired(command, timeout)
 
-        monkeypatch.setattr(script["subprocess"], "run", run)
-        assert script["main"]([*flags(tmp_path), *self.FLAGS, "--minutes=9"]) == 0
+        monkeypatch.setattr(speed.subprocess, "run", run)
+        assert release([*flags(tmp_path), *self.FLAGS, "--minutes=9"]) == 0
         assert capsys.readouterr().out.count("not measured") == 2
         assert not (tmp_path / "peak.json").exists()
 
 
-def test_the_documented_commands_are_accepted(script, tmp_path):
-    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^python recipes/compare/checkpoints\.py (--.*)$", text, re.MULTILINE)
+@pytest.mark.parametrize(
+    ("command", "document"),
+    [
+        ("release", "recipes/README.md"),
+        ("release", "hub_cards/README.md"),
+        ("compare", "docs/layers.md"),
+        ("compare", "docs/comparison/cifar10.md"),
+        ("compare", "docs/comparison/fashion_mnist_full.md"),
+    ],
+)
+def test_the_documented_commands_are_accepted(command, document, monkeypatch):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    commands = re.findall(rf"^timm-fsr {command} (--.*)$", text, re.MULTILINE)
     assert commands
-    for command in commands:
-        words = [word.replace("recipes/", f"{ROOT / 'recipes'}/") for word in shlex.split(command)]
-        args, overrides = script["parse_args"](script["options"](), words)
-        base = Recipe.load(args.config, overrides)
-        script["check"](args, base)
+    checked = []
+    monkeypatch.setattr(Comparison, "run", lambda self: checked.append(self.check()))
+    monkeypatch.setattr(releasing.Release, "run", lambda self: checked.append(self.check()))
+    monkeypatch.setattr(releasing, "pack", lambda *_: 0)
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)  # of the output
+    monkeypatch.chdir(ROOT)
+    for line in commands:
+        assert main([command, *shlex.split(line)]) == 0
+    assert len(checked) == len(commands)
 
 
 class TestErrors:
@@ -294,9 +301,16 @@ class TestErrors:
             (["--pack=0"], "leaves no room"),
             (["--official=code"], "add it"),
             (["--optim.epoch=3"], "epoch"),
+            (["--license=my own", "--release=none"], "my own"),
         ],
     )
-    def test_before_anything_is_trained(self, script, tmp_path, capsys, more, message):
-        assert script["main"]([*flags(tmp_path / "new"), *more]) == 2
+    def test_before_anything_is_trained(self, tmp_path, capsys, more, message):
+        assert release([*flags(tmp_path / "new"), *more]) == 2
         assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+    def test_timings_need_a_checkout(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(speed, "BENCHMARKS", tmp_path / "site-packages" / "benchmarks")
+        assert release([*flags(tmp_path / "new"), "--speed"]) == 2
+        assert "which only a checkout of the repository has" in capsys.readouterr().err
         assert not (tmp_path / "new").exists()

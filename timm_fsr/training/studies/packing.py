@@ -8,9 +8,10 @@ import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from timm_fsr.training.studies.study import say
 from timm_fsr.utils.files import write_text
 
-NOT_PACKED = ("checkpoints", "last", "pack")
+NOT_PACKED = ("checkpoints", "last", "pack", "run.lock")
 
 
 class SplitFile:
@@ -68,4 +69,4 @@ def pack(output: Path, size: float) -> None:
         archive.add(output, arcname="results", filter=wanted)
     parts.close()
     write_text(folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in parts.digests.items()))
-    print(f"{len(parts.digests)} part(s) in {folder}", flush=True)
+    say(f"{len(parts.digests)} part(s) in {folder}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
+import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,16 @@ from support.tiny import BRIEF_TRAINING
 
 import timm_fsr
 import timm_fsr.training.trainer
+from timm_fsr.cli.main import main
 from timm_fsr.reports.report import Report
 from timm_fsr.training import results
+from timm_fsr.training.lock import locked
 from timm_fsr.training.recipe import Recipe
+from timm_fsr.training.studies import compare as comparing
+from timm_fsr.training.studies.entries import Entry, entries
+from timm_fsr.training.studies.tables import pair, summary, table
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "compare"
-sys.path.insert(0, str(FOLDER))  # as `python recipes/compare/compare.py` does
-try:
-    SCRIPT: dict[str, Any] = runpy.run_path(str(FOLDER / "compare.py"))
-    from entries import Entry, entries
-    from tables import pair, summary, table
-finally:
-    sys.path.remove(str(FOLDER))
+FOLDER = Path(__file__).parents[3] / "recipes" / "compare"
 PAGES = FOLDER.parents[1] / "docs" / "comparison"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
@@ -41,7 +38,7 @@ TINY = [
 
 
 def compare(output: Path, *flags: str) -> int:
-    return SCRIPT["main"]([*TINY, f"--output={output}", *flags])
+    return main(["compare", *TINY, f"--output={output}", *flags])
 
 
 def changed(output: Path) -> dict[str, int]:
@@ -124,7 +121,7 @@ class TestRun:
 
     def test_the_same_command_again_trains_and_attacks_nothing(self, finished, monkeypatch):
         before, table = changed(finished), (finished / "comparison.md").read_text()
-        monkeypatch.setattr(timm_fsr, "train", lambda recipe: pytest.fail("trains again"))
+        monkeypatch.setattr(comparing, "train", lambda recipe: pytest.fail("trains again"))
         assert compare(finished, "--methods", "none", "fsr:hidden=4", "sap", "--places", "own", "same") == 0
         assert changed(finished) == before
         assert (finished / "comparison.md").read_text() == table
@@ -153,6 +150,33 @@ class TestRun:
         assert compare(tmp_path, *methods, "--part=1/2") == 0
         rows = json.loads((tmp_path / "comparison.json").read_text())
         assert [row["method"] for row in rows] == ["none", "kwta"]
+
+    def test_what_another_shell_works_on_is_left_to_it(self, tmp_path, capsys):
+        methods = ["--methods", "none", "kwta", "--attacks", "fgsm"]
+        with locked(tmp_path / "none_own_0"):
+            assert compare(tmp_path, *methods) == 75
+        assert methods_of(tmp_path) == ["kwta"]
+        assert re.search(
+            r"being done by others: none_own_0 \(process \d+ on .*the same command", capsys.readouterr().err
+        )
+        before = changed(tmp_path)
+        assert compare(tmp_path, *methods) == 0
+        assert methods_of(tmp_path) == ["none", "kwta"]
+        assert before.items() <= changed(tmp_path).items()
+
+    def test_and_read_when_it_is_done(self, tmp_path, monkeypatch):
+        methods = ["--methods", "none", "kwta", "--attacks", "fgsm"]
+        assert compare(tmp_path, "--methods", "none", "--attacks", "fgsm") == 0
+        other, train = locked(tmp_path / "none_own_0"), comparing.train
+        other.__enter__()
+
+        def meanwhile(recipe: Recipe) -> Any:
+            other.__exit__(None, None, None)
+            return train(recipe)
+
+        monkeypatch.setattr(comparing, "train", meanwhile)
+        assert compare(tmp_path, *methods) == 0
+        assert methods_of(tmp_path) == ["none", "kwta"]
 
     def test_what_another_shell_has_not_attacked_by_all_yet_is_left_out(self, tmp_path):
         methods = ["--methods", "none", "kwta"]
@@ -186,7 +210,7 @@ class TestRun:
         flags = ["--methods", "none", "--attacks", "fgsm", "--evaluation.attacks=[fgsm]"]
 
         def late(*_: Any, **__: Any) -> None:
-            raise SCRIPT["TimeIsUpError"]
+            signal.raise_signal(signal.SIGALRM)
 
         monkeypatch.setattr(results, "evaluate", late)
         assert compare(tmp_path, *flags) == 75
@@ -195,25 +219,6 @@ class TestRun:
         assert (tmp_path / "none_own_0" / "training" / "report.json").exists()
         report = Report.load(tmp_path / "none_own_0" / "evaluation" / "report.json")
         assert "checkpoint_rule" in report.conditions
-
-
-@pytest.mark.parametrize(
-    ("stop", "status", "told"),
-    [
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
-        (SCRIPT["InterruptedRunError"]("saved", signal.SIGINT), 130, "stopped by Ctrl-C"),
-        (SCRIPT["InterruptedRunError"]("saved", signal.SIGTERM), 75, "the time is up"),
-        (SCRIPT["TimeIsUpError"](), 75, "the time is up"),
-    ],
-    ids=repr,
-)
-def test_what_stops_a_comparison_is_told_in_a_line(stop, status, told, tmp_path, monkeypatch, capsys):
-    def late(*_: Any) -> None:
-        raise stop
-
-    monkeypatch.setitem(SCRIPT["main"].__globals__, "compare", late)
-    assert compare(tmp_path, "--methods", "none") == status
-    assert capsys.readouterr().out == f"{told}; the same command goes on from here\n"
 
 
 @pytest.mark.skipif(not PAGES.is_dir(), reason="an installed package has no docs/")
@@ -283,7 +288,7 @@ class TestTimeLimit:
 
         monkeypatch.setattr(timm_fsr.training.trainer, "log_epoch", late)
         assert compare(tmp_path / "stopped", *self.METHODS, "--minutes=9") == 75
-        assert "the time is up" in capsys.readouterr().out
+        assert "the time is up" in capsys.readouterr().err
         assert len((tmp_path / "stopped" / "none_own_0" / "training" / "metrics.jsonl").read_text().splitlines()) == 1
         monkeypatch.setattr(timm_fsr.training.trainer, "log_epoch", log_epoch)
         assert compare(tmp_path / "stopped", *self.METHODS, "--minutes=9") == 0
@@ -292,17 +297,19 @@ class TestTimeLimit:
     def test_an_evaluation_that_is_stopped_goes_on(self, tmp_path, capsys, monkeypatch):
         assert compare(tmp_path, *self.METHODS, "--attacks") == 0
         before = changed(tmp_path)
-        judge = SCRIPT["judged"].__globals__
-        assess = judge["assess"]
+        assess = comparing.assess
 
-        def slow(*args: Any, **options: Any) -> Any:
-            signal.raise_signal(signal.SIGTERM)
-            return assess(*args, **options)
-
-        monkeypatch.setitem(judge, "assess", slow)
-        assert compare(tmp_path, *self.METHODS) == 75
-        assert "the time is up" in capsys.readouterr().out
-        monkeypatch.setitem(judge, "assess", assess)
+        for number, status, why in (
+            (signal.SIGALRM, 75, "the time is up"),
+            (signal.SIGTERM, 143, "stopped by SIGTERM"),
+            (signal.SIGINT, 130, "stopped by Ctrl-C"),
+        ):
+            monkeypatch.setattr(comparing, "assess", lambda *_, number=number, **__: signal.raise_signal(number))
+            assert compare(tmp_path, *self.METHODS) == status
+            told = capsys.readouterr().err
+            assert f"timm-fsr compare: {why}; what was done is saved, go on with: timm-fsr compare --config=" in told
+            assert told.count("\n") == 1
+        monkeypatch.setattr(comparing, "assess", assess)
         assert compare(tmp_path, *self.METHODS) == 0
         assert changed(tmp_path) == before
         assert "pgd20" in json.loads((tmp_path / "comparison.json").read_text())[0]["accuracy"]
@@ -348,18 +355,12 @@ class TestErrors:
             (["--methods", "none", "--data.streamed=true"], "data.streamed"),
             (["--methods", "none", "--optim.epoch=3"], "epoch"),
             (["--methods", "none", "--attacks", "pdg2"], "unknown attack 'pdg2'"),
+            (["--methods", "none", "--seed=3"], "use --seeds"),
+            (["--methods", "none", "--model.layer=fsr"], "use --methods"),
+            (["--methods", "afd"], "fine-tunes a trained model"),
         ],
     )
     def test_bad_input_is_told_before_anything_is_trained(self, tmp_path, capsys, flags, message):
-        try:
-            code = compare(tmp_path / "new", *flags)
-        except SystemExit as stop:
-            code = stop.code
-        assert code == 2
+        assert compare(tmp_path / "new", *flags) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
-
-    def test_fine_tuning_is_no_method_of_its_own(self, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            compare(tmp_path, "--methods", "afd")
-        assert "--objective.name=afd" in capsys.readouterr().err
