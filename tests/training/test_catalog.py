@@ -90,3 +90,8 @@ class TestCommand:
     def test_flags_that_belong_to_one_recipe(self, capsys):
         assert main(["recipes", "--output=x"]) == 2
         assert "are for one recipe" in capsys.readouterr().err
+
+
+def test_recipes_of_comparisons_have_names_too():
+    assert find_recipe("compare/cifar10").name == "cifar10.yaml"
+    assert find_recipe("compare/cifar10").parent.name == "compare"

@@ -66,7 +66,7 @@ def list_recipes() -> list[RecipeEntry]:
 def find_recipe(given: str | Path) -> Path:
     """The file of a recipe that is given by its path, or by the name of one that comes with the package.
 
-    A file wins over a recipe of the same name.
+    A file wins over a recipe of the same name. What trainings to be compared have in common has "compare/" in front.
 
     Raises:
         FileNotFoundError: there is neither; the message names the nearest.
@@ -75,7 +75,7 @@ def find_recipe(given: str | Path) -> Path:
     if path.is_file():
         return path
     packaged = _folder() / f"{name}.yaml"
-    if re.fullmatch(r"[\w-]+", name) and packaged.is_file():
+    if re.fullmatch(r"(compare/)?[\w-]+", name) and packaged.is_file():
         return packaged
     names = sorted(found.stem for found in _folder().glob("*.yaml"))
     if path.stem in names and path.stem != str(given):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from timm_fsr.cli.parsers.study import StudyParser, add_comparison
 
-_DESCRIPTION = """Train and attack the same network with each feature layer at an equal budget, in one table and one plot.
+_DESCRIPTION = """Train and attack a network with each feature layer at an equal budget, in one table and one plot.
 
 A method is "none" (the plain network), a feature layer, or one with arguments ("fsr:tau=1.0,noise=false"), with the
 objective in front if it is not the recipe's ("trades/none", "trades/fsr"). All else is the recipe's and equal for
@@ -14,7 +14,8 @@ all attacks. Terms that a layer's paper puts into the training attack come with 
 
 Stopped at any time, the same command goes on where it was. In several shells, or on several machines that share the
 folder, it shares the work. The table is written after each model, from the models that are finished. Exit status 75:
-something is left to do. "afd" fine-tunes a trained model and is no such method: it needs `objective.name=afd` and
+something is left to do. The recipes compare/fashion_mnist, compare/fashion_mnist_full and compare/cifar10 come with
+the package. "afd" fine-tunes a trained model and is no such method: it needs `objective.name=afd` and
 `model.name=FOLDER`."""
 
 
