@@ -32,7 +32,7 @@ from timm_fsr.evaluation.estimate import (
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.registry import check_names
 from timm_fsr.evaluation.saved_images import rescore
-from timm_fsr.models.description import check_runs, class_names, input_size, own_crop, size_text
+from timm_fsr.models.description import check_image_memory, check_runs, class_names, input_size, own_crop, size_text
 from timm_fsr.models.pixel import as_pixel_model, device_of
 from timm_fsr.models.saving import load, saved_here, training_recipe, training_report
 from timm_fsr.reports.report import WORST_CASE, Report

@@ -109,6 +109,22 @@ def forget_other_classes(model: nn.Module) -> None:
             config.pop(key, None)
 
 
+def check_image_memory(model: nn.Module, image_size: tuple[int, int, int]) -> None:
+    """Refuse images so large that no machine like this passes one of them through the model.
+
+    Args:
+        model: a timm model or a pixel-space model.
+        image_size: channels, height and width of an image.
+
+    Raises:
+        ValueError: one feature map alone needs more than the memory that there is.
+    """
+    if math.prod(image_size) > _SMALL:
+        needed = activation_bytes(model, (1, *image_size), gradients=False)
+        what = f"feature maps of images of {size_text(image_size)}"
+        check_memory(needed, what, "choose a smaller size", device=device_of(model))
+
+
 def check_runs(model: nn.Module, image_size: tuple[int, int, int]) -> Any:
     """Try the model on one blank image, in eval mode.
 
@@ -127,11 +143,7 @@ def check_runs(model: nn.Module, image_size: tuple[int, int, int]) -> Any:
     if channels != image_size[0]:
         raise ValueError(f"images have {image_size[0]} channels but the model takes {channels}; convert the images")
     device = device_of(model)
-    if math.prod(image_size) > _SMALL:
-        needed = activation_bytes(model, (1, *image_size), gradients=False)
-        check_memory(
-            needed, f"feature maps of images of {size_text(image_size)}", "choose a smaller size", device=device
-        )
+    check_image_memory(model, image_size)
     image = torch.zeros(1, *image_size, device=device)
     modes = {module: module.training for module in model.modules()}
     try:
