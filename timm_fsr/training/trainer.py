@@ -214,7 +214,7 @@ class Trainer:
         if snapshot is not None:
             self.restore(*snapshot)
         self.console.print(str(self))
-        for caution in cautions(self.recipe, self.steps_per_epoch):
+        for caution in cautions(self.recipe, self.steps_per_epoch) if snapshot is None else ():
             self.console.print(f"warning: {caution}")
         self.accelerator.wait_for_everyone()  # before the first process writes what the others look for
         with compilation(self.recipe.compile), stop_requests() as stop_asked, self._watched() as watch:
