@@ -7,10 +7,23 @@ from typing import Any
 import pytest
 import torch
 from support.backbones import TinyBackbone
-from support.tiny import CLASSES, images, labels, same_state, state, tiny_resnet, tiny_vit, total_loss, traces, with_fsr
+from support.tiny import (
+    CLASSES,
+    images,
+    labels,
+    layers_registered,
+    same_state,
+    state,
+    tiny_resnet,
+    tiny_vit,
+    total_loss,
+    traces,
+    with_fsr,
+)
 from torch import Tensor, nn
 
 import timm_fsr
+from timm_fsr.layers import FeatureLayer
 
 HEADS = {"robust_logits", "nonrobust_logits", "recalibrated_logits"}
 
@@ -284,3 +297,32 @@ def test_every_layer_runs_trains_and_leaves_on_every_backbone(backbone: TinyBack
 def test_what_names_no_layer_is_refused(layer: Any) -> None:
     with pytest.raises(ValueError, match=rf"layer={layer} names no feature layer; give one of afd, "):
         timm_fsr.attach(tiny_resnet(), layer)
+
+
+def test_a_layer_that_needs_numbers_to_be_built_is_attached():
+    """Its size is not known beforehand, as on the meta device there are none."""
+
+    class Measured(FeatureLayer):
+        name = "measured"
+
+        def __init__(self, channels: int, num_classes: int, *, start: float = 1.0) -> None:
+            super().__init__()
+            self.start = start
+            self.scale = nn.Parameter(torch.full((1,), float(torch.ones(channels).sum()) * start))
+
+        def forward(self, feature: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Any]:
+            return feature * self.scale, {}
+
+    with layers_registered(Measured):
+        model = timm_fsr.attach(tiny_resnet(), "measured")
+        assert model.measured["layer4"].scale.item() == 64
+
+
+def test_layers_that_no_memory_holds_are_refused_and_the_model_is_left_alone():
+    model = tiny_resnet()
+    before, traced = state(model), traces(model)
+    for hidden, message in ((10**6, r"need [\d,.]+ GiB of memory or more"), (10**11, "of this size cannot be built")):
+        with pytest.raises(ValueError, match=rf"feature layers 'fsr' .*{message}.*\(hidden={hidden}\)"):
+            timm_fsr.attach(model, layer_args={"hidden": hidden})
+    assert same_state(model, before)
+    assert traces(model) == traced

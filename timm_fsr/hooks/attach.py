@@ -94,7 +94,9 @@ def _check_size(cls: type[FeatureLayer], widths: Sequence[int], num_classes: int
     try:
         with torch.device("meta"):
             layers = nn.ModuleList(cls(channels, num_classes, **args) for channels in widths)
-    except RuntimeError as error:  # more bytes than a number can say
+    except RuntimeError as error:
+        if "overflow" not in str(error):  # a layer of the user's that needs numbers to be built
+            return
         raise ValueError(f"feature layers {cls.name!r} of this size cannot be built; {remedy}") from error
     needed = sum(tensor.numel() * tensor.element_size() for tensor in (*layers.parameters(), *layers.buffers()))
     check_memory(needed, f"feature layers {cls.name!r} of this size", remedy)

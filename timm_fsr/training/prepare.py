@@ -176,7 +176,8 @@ def _check_memory(recipe: Recipe, timm_model: nn.Module, data: Images, device: t
     recomputed = recipe.gradient_checkpointing or recipe.compile is not None
     maps = activation_bytes(timm_model, (count, *data.image_size), gradients=not recomputed)
     held = data.images.numel() if isinstance(data, ImageData) else 0
-    needed = weight_bytes(timm_model) * (3 if recipe.optim.ema_decay else 2) + held
+    copies = 1 if processes > 1 else 3 if recipe.optim.ema_decay else 2  # several processes may share all but the first
+    needed = copies * weight_bytes(timm_model) + held
     check_memory(
         needed + (maps if recipe.mixed_precision == "no" else maps // 2),
         f"{recipe.model.name} and passes over {count} images of {size_text(data.image_size)}",
