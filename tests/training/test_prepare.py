@@ -45,7 +45,6 @@ class TestRefused:
         [
             (["--data.test_split=train"], r"test_split=train holds the training images.*evaluation\.attacks=\[\]"),
             (["--data.test_split=validation"], "no split 'validation'; use one of: train, test"),
-            (["--data.config=plain"], "config='plain' is for data sets of the Hub, and fashion_mnist is none"),
             (["--data.crop_padding=28"], "crop_padding=28 is no less than the side of the images, 28 pixels"),
             (["--data.size=100000"], r"120 images of 1x100000x100000 pixels .* need [\d,.]+ GiB .* smaller size"),
             (

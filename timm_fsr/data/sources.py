@@ -49,8 +49,6 @@ def open_rows(
     """
     check_class_order(class_order)
     path = Path(source).expanduser()
-    if config is not None and (source == EMBEDDED or path.exists() or glob.has_magic(source)):
-        raise ValueError(f"config={config!r} is for data sets of the Hub, and {source} is none; leave it out")
     if path.suffix == ".npz":
         return _npz_rows(path, split)
     if source != EMBEDDED and path.is_dir() and _has_idx(path):
