@@ -209,6 +209,9 @@ def _load_images(options: argparse.Namespace, model: nn.Module, *, progress: boo
         if size is None and options.checkpoint is None:  # a file of weights does not say what they were trained on
             size = known[1:]
             crop = None if saved_here(options.model) else own_crop(model)
+    if size is not None:  # before the images are decoded to it
+        sides = (size, size) if isinstance(size, int) else size
+        check_image_memory(as_pixel_model(model), (channels or 1, *sides))
     try:
         data = load_data(
             options.data,
