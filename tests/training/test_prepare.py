@@ -81,7 +81,7 @@ class TestRefused:
                 model.get_parameter("layer2.0.conv1.weight")[0] = torch.nan
             return model
 
-        monkeypatch.setattr("timm_fsr.training.options.load", broken)
+        monkeypatch.setattr("timm_fsr.models.saving.load", broken)
         message = r"first weights of resnet_tiny_cifar hold NaN or infinite numbers \(in layer2\.0\.conv1\.weight; 1 of"
         with pytest.raises(ValueError, match=message):
             train(tiny(tmp_path))
@@ -92,7 +92,7 @@ class TestRefused:
             model.fc = torch.nn.Identity()
             return model
 
-        monkeypatch.setattr("timm_fsr.training.options.load", headless)
+        monkeypatch.setattr("timm_fsr.models.saving.load", headless)
         with pytest.raises(ValueError, match=r"returns shape \(1, 64\) for one image, not a logit for each of 10"):
             train(tiny(tmp_path, "--model.layer=null"))
 
