@@ -25,7 +25,7 @@ import timm_fsr.launch
         (subprocess.CalledProcessError(-9, "train.py"), 137),
         (ChildFailedError("train.py", {0: ProcessFailure(local_rank=0, pid=1, exitcode=-15, error_file="")}), 143),
     ],
-    ids=repr,
+    ids=lambda value: str(value) if isinstance(value, int) else type(value).__name__,
 )
 def test_no_trace(error: Any, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def launched(options: Any) -> None:
