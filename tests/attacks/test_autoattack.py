@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from support.brief import brief_autoattack
 from torch import Tensor, nn
 
 from timm_fsr.attacks import autoattack
@@ -75,17 +76,7 @@ def network(golden) -> nn.Module:
 
 @pytest.fixture
 def brief(monkeypatch) -> None:
-    """The reference with a fraction of its steps and queries, whoever uses it."""
-    import pyautoattack
-
-    class Brief(pyautoattack.AutoAttack):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            for attack in (self.apgd, self.apgd_targeted, self.fab):
-                attack.n_iter = attack.n_iter_orig = 10  # the second is for L1, in which steps are shared out
-            self.square.n_queries = 200
-
-    monkeypatch.setattr(pyautoattack, "AutoAttack", Brief)
+    brief_autoattack(monkeypatch)
 
 
 def run_version(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, version: str) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
+from support.brief import brief_autoattack
 from support.tiny import images, tiny_resnet, with_fsr
 from torch import Tensor, nn
 
@@ -201,8 +202,9 @@ def _evaluate_shared(folder: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_two_processes_give_the_results_of_one(model, tmp_path):
+def test_two_processes_give_the_results_of_one(model, tmp_path, monkeypatch):
     pytest.importorskip("pyautoattack")
+    brief_autoattack(monkeypatch)  # in the two as well, which are forked
     expected = evaluate(model, batches(), attacks=ATTACKS)
     debug_launcher(_evaluate_shared, args=(str(tmp_path),), num_processes=2)
     for rank in range(2):
