@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +93,8 @@ class ResizedCrop:
     def of_batch(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Float images (N, C, H, W) in [0, 1], each drawn from its own generator and scaled back to its size."""
         size = (images.shape[2], images.shape[3])
-        return each_picture(images, lambda picture, place: self(picture, size, generators[place]))
+        drawn = zip(to_pictures(images), generators, strict=True)
+        return from_pictures([self(picture, size, generator) for picture, generator in drawn], images.device)
 
     def box(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """(left, upper, right, lower) of a part with an aspect from 3/4 to 4/3, drawn as in torchvision."""
@@ -112,21 +113,14 @@ class ResizedCrop:
         return left, upper, left + wide, upper + high
 
 
-def each_picture(images: Tensor, change: Callable[[Image.Image, int], Image.Image]) -> Tensor:
-    """What `change(picture, place in the batch)` makes of images, which it sees in 8 bits.
-
-    Args:
-        images: float tensor (N, C, H, W) in [0, 1], grey or RGB.
-        change: gives a picture of the same size and mode.
-
-    Returns:
-        A float32 tensor like `images`.
-    """
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Float images (N, C, H, W) in [0, 1], grey or RGB, in 8 bits; exact for images that were 8 bits before."""
     arrays = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    grey = arrays.shape[3] == 1
-    found = []
-    for place, array in enumerate(arrays):
-        picture = change(Image.fromarray(array[..., 0] if grey else array), place)
-        found.append(np.asarray(picture)[..., None] if grey else np.asarray(picture))
-    stacked = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
-    return stacked.to(images.device).float().div_(255)
+    return [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]
+
+
+def from_pictures(pictures: Sequence[Image.Image], device: torch.device | str = "cpu") -> Tensor:
+    """The way back: float32 images (N, C, H, W) in [0, 1] on `device`."""
+    arrays = np.stack([np.asarray(picture) for picture in pictures])
+    stacked = torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None])
+    return stacked.permute(0, 3, 1, 2).contiguous().to(device).float().div_(255)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.random import seeded_libraries
+
+Transform = TypeVar("Transform", bound=Callable[[Image.Image], Image.Image])
 
 _TRANSLATION = 0.45  # the largest absolute translation, as a share of the image's side: timm's training transform
 
@@ -60,7 +62,7 @@ _DRAWN_ONCE = ("weights", "3aw")  # an operation of these is drawn at most once 
 
 @dataclass(frozen=True)
 class Policy:
-    """A random policy for single pictures: `policy(picture, seed)`.
+    """A random policy for single pictures: `policy.over(pictures, seeds)`.
 
     Attributes:
         name: timm's configuration string, such as "rand-m9-mstd0.5-inc1", "original-mstd0.5", "augmix-m5-w4-d2", "3a".
@@ -78,12 +80,15 @@ class Policy:
     def __post_init__(self) -> None:
         _check(self.name)
 
-    def __call__(self, picture: Image.Image, seed: int) -> Image.Image:
-        """A picture of the same size and mode, "L" or "RGB"; `seed` alone decides on the draws."""
+    def over(self, pictures: Iterable[Image.Image], seeds: Iterable[int]) -> list[Image.Image]:
+        """Pictures of the same sizes and modes, "L" or "RGB"; the seed of each alone decides on its draws."""
         fill = tuple(min(255, round(255 * value)) for value in self.fill)
-        transform = _transform(self.name, fill, min(picture.size))
-        with seeded_libraries(seed):
-            return transform(picture)
+        found = []
+        with seeded_libraries() as begin:
+            for picture, seed in zip(pictures, seeds, strict=True):
+                begin(seed)
+                found.append(_transform(self.name, fill, min(picture.size))(picture))
+        return found
 
 
 @lru_cache(maxsize=8)
@@ -93,10 +98,30 @@ def _transform(name: str, fill: tuple[int, ...], side: int) -> Callable[[Image.I
 
     params: dict[str, Any] = {"translate_const": int(side * _TRANSLATION), "img_mean": fill}
     if name.startswith("rand"):
-        return rand_augment_transform(name, params)
+        mixed = rand_augment_transform(name, params)
+        return _for_any_pillow(mixed, mixed.ops)
     if name.startswith("augmix"):
-        return augment_and_mix_transform(name, {**params, "translate_pct": 0.3})
-    return auto_augment_transform(name, params)
+        chains = augment_and_mix_transform(name, {**params, "translate_pct": 0.3})
+        return _for_any_pillow(chains, chains.ops)
+    pairs = auto_augment_transform(name, params)
+    return _for_any_pillow(pairs, [operation for pair in pairs.policy for operation in pair])
+
+
+def _for_any_pillow(transform: Transform, operations: Sequence[Any]) -> Transform:
+    """Let the transform's own operations posterize to 0 bits, which Pillow 13 refuses."""
+    from timm.data import auto_augment
+
+    for operation in operations:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(picture: Image.Image, bits_to_keep: int, **_others: Any) -> Image.Image:
+    """The highest bits of each pixel; black if none are kept, as earlier versions of Pillow had it."""
+    if bits_to_keep >= 8:
+        return picture
+    return ImageOps.posterize(picture, bits_to_keep) if bits_to_keep else Image.new(picture.mode, picture.size)
 
 
 def _check(name: str) -> None:

@@ -294,7 +294,8 @@ class _Samples(Dataset[Tensor]):
         if self.policy is None:
             return array
         fitted = Image.fromarray(array[..., 0] if self.mode == "L" else array)
-        return pixels_of(self.policy(fitted, image_seed("policy", index, seed=self.seed, epoch=self.epoch)))
+        (changed,) = self.policy.over([fitted], [image_seed("policy", index, seed=self.seed, epoch=self.epoch)])
+        return pixels_of(changed)
 
     def _cropped(self, picture: Image.Image, index: int, crop: ResizedCrop) -> np.ndarray:
         generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")

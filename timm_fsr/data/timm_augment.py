@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timm_fsr.data.augment import each_picture
+from timm_fsr.data.augment import from_pictures, to_pictures
 from timm_fsr.data.policy import Policy
 from timm_fsr.utils.random import derive_generator, seeded_libraries
 
@@ -52,8 +52,9 @@ class Erasing:
         erase = RandomErasing(self.probability, mode=self.mode, max_count=self.count, device="cpu")
         # timm erases in place. Where it has, an empty canvas is a number; all other pixels stay what they were.
         canvas = torch.full(images.shape, torch.nan)
-        for place, seed in enumerate(seeds):
-            with seeded_libraries(seed):
+        with seeded_libraries() as begin:
+            for place, seed in enumerate(seeds):
+                begin(seed)
                 erase(canvas[place])
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         put_in = (canvas * std + mean).clamp(0, 1).to(images.device, images.dtype)
@@ -134,7 +135,8 @@ class Mixing:
             label_smoothing=0.0,  # the objective smooths what it is given, which comes to the same
             num_classes=self.num_classes,
         )
-        with seeded_libraries(seed):
+        with seeded_libraries() as begin:
+            begin(seed)
             mixed, shares = mix(images.clone(), labels)
         # Rounding may leave a sum of two weighted ones above 1. timm's shares are float32 whatever the images are.
         return mixed.clamp_(0, 1), shares.float()
@@ -176,8 +178,8 @@ class TimmAugmentation:
             Images of the same shape in [0, 1], and labels (B,), or with mixing (B, classes).
         """
         if self.policy is not None:
-            policy, own = self.policy, self._seeds("policy", keys, seed, epoch)
-            images = each_picture(images, lambda picture, place: policy(picture, own[place]))
+            changed = self.policy.over(to_pictures(images), self._seeds("policy", keys, seed, epoch))
+            images = from_pictures(changed, images.device)
         if self.mixing is not None and not 0 < self.mixing.off_epoch <= epoch:
             drawn = derive_generator(seed, epoch, step, rank, stream="mixing").initial_seed()
             images, labels = self.mixing(images, labels, drawn)

@@ -481,7 +481,8 @@ class DataOptions:
         try:
             self.timm_augmentation(num_classes=2, mean=(0.5,), std=(0.5,))
         except ValueError as error:
-            raise ValueError(f"data.{error}" if not str(error).startswith("unknown") else str(error)) from error
+            unnamed = str(error).startswith("unknown")
+            raise ValueError(f"data.{f'auto_augment={self.auto_augment}: ' if unnamed else ''}{error}") from error
 
     def _load(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -30,19 +30,25 @@ def derive_generator(
 
 
 @contextmanager
-def seeded_libraries(seed: int) -> Iterator[None]:
-    """For code that draws from the global generators of Python, NumPy and torch (on the CPU): in here `seed` decides.
+def seeded_libraries() -> Iterator[Callable[[int], None]]:
+    """For code that draws from the global generators of Python, NumPy and torch (on the CPU).
 
     Afterwards all three are as before, also after an exception. Other threads draw from them too, so they must not
     meanwhile.
+
+    Yields:
+        What seeds all three; to be called before the first draw.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        yield
+        yield _seed_libraries
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+
+
+def _seed_libraries(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)

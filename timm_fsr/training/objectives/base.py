@@ -188,7 +188,7 @@ def check_soft_labels(
     """
     remedy = f", or leave out {because}" if because else ", or give one class for each image"
     if not objective.soft_labels:
-        able = [name for name in OBJECTIVES.names() if OBJECTIVES[name].soft_labels]
+        able = [name for name in OBJECTIVES.names() if OBJECTIVES[name].soft_labels and not OBJECTIVES[name].layer]
         raise ValueError(
             f"the objective {objective.name!r} is about the one true class of an image, and says nothing of mixed "
             f"labels; take one of {', '.join(able)}{remedy}"
