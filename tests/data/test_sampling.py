@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 import torch
 
-from timm_fsr.data.augment import Augmentation, ResizedCrop
+from timm_fsr.data.augment import Augmentation, ResizedCrop, from_pictures, to_pictures
 from timm_fsr.data.dataset import ImageData
 from timm_fsr.data.decoding import ArrayPictures, Rows
+from timm_fsr.data.policy import Policy
 from timm_fsr.data.sampling import epoch_batches, epoch_order, epoch_steps, training_batches
 from timm_fsr.data.streaming import StreamedData
+from timm_fsr.data.timm_augment import Erasing, Mixing, TimmAugmentation
 from timm_fsr.utils.random import derive_generator
 
 STILL = Augmentation(padding=0, flip=False)
@@ -37,12 +41,23 @@ def numbers(images: torch.Tensor) -> list[int]:
     return (images[:, 0, -1, -1] * 255).round().long().tolist()
 
 
+CHANGED = TimmAugmentation(policy=Policy("rand-m9-mstd0.5-inc1-p0.9"), erasing=Erasing(0.5))
 OWN, EXTRA = numbered(50), numbered(30, start=100, name="more")
 KINDS = {
     "plain": {"data": OWN, "augmentation": MOVED},
     "extra": {"data": OWN, "augmentation": MOVED, "extra": EXTRA, "extra_fraction": 0.7},
     "streamed": {"data": streamed(OWN), "augmentation": MOVED},
     "resized crop": {"data": streamed(OWN), "augmentation": ResizedCrop()},
+    "resized crop in memory": {"data": OWN, "augmentation": ResizedCrop()},
+    "timm": {"data": OWN, "augmentation": MOVED, "then": CHANGED},
+    "timm, streamed": {"data": streamed(OWN), "augmentation": ResizedCrop(), "then": CHANGED},
+    "timm, extra": {
+        "data": OWN,
+        "augmentation": ResizedCrop(),
+        "then": CHANGED,
+        "extra": EXTRA,
+        "extra_fraction": 0.7,
+    },
 }
 
 
@@ -66,9 +81,11 @@ class TestEveryKind:
             assert 0 <= images.min() <= images.max() <= 1
 
     def test_leaves_the_global_generator_alone(self, kind):
-        state = torch.get_rng_state()
+        state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         list(training_batches(**kind, batch_size=8, seed=0, epoch=0))
         assert torch.equal(torch.get_rng_state(), state)
+        assert random.getstate() == python
+        assert np.random.get_state()[1].tolist() == numpy
 
     def test_follows_seed_epoch_and_rank(self, kind):
         def first(**changes: int) -> torch.Tensor:
@@ -180,7 +197,6 @@ class TestExtra:
             ({"extra": dataclasses.replace(EXTRA, classes=("a", "c", "b"))}, "more has 3 classes .* load it with the"),
             ({"extra": dataclasses.replace(EXTRA, images=EXTRA.images[:, :1])}, r"images of \(1, 6, 6\), but own"),
             ({"data": streamed(OWN)}, "own is streamed and takes no extra images; .* leave out more"),
-            ({"augmentation": ResizedCrop()}, r"ResizedCrop\(.*own is decoded; stream the data"),
         ],
     )
     def test_refuses(self, changes, message):
@@ -189,6 +205,66 @@ class TestExtra:
             training_batches(**{**options, **changes}, seed=0, epoch=0)
 
 
-def test_a_resized_crop_needs_streamed_data():
-    with pytest.raises(ValueError, match="own is decoded; stream the data"):
-        training_batches(OWN, batch_size=5, seed=0, epoch=0, augmentation=ResizedCrop())
+class TestByTimm:
+    """Policy, erasing, mixing, and the resized crop of images in memory."""
+
+    def test_the_order_by_hand(self):
+        """Crop and flip, policy, mixing, erasing, each by the seeds that its position gives."""
+        then = dataclasses.replace(CHANGED, mixing=Mixing(3, mixup=0.8, cutmix=1.0))
+        place = {"seed": 3, "epoch": 1, "rank": 1, "world_size": 2}
+        given = list(training_batches(OWN, batch_size=6, **place, augmentation=MOVED, then=then))
+        for step, indices in enumerate(epoch_batches(len(OWN), 6, **place)):
+            moved = MOVED(OWN.images[indices].float() / 255, derive_generator(3, 1, step, 1))
+
+            def seeds(stream: str, indices: torch.Tensor = indices) -> list[int]:
+                return [derive_generator(3, 1, i, 0, stream=stream).initial_seed() for i in indices.tolist()]
+
+            changed = from_pictures(then.policy.over(to_pictures(moved), seeds("policy")))
+            mixing = derive_generator(3, 1, step, 1, stream="mixing").initial_seed()
+            mixed, shares = then.mixing(changed, OWN.labels[indices], mixing)
+            assert torch.equal(given[step][0], then.erasing(mixed, seeds("erasing")))
+            assert torch.equal(given[step][1], shares)
+            assert not torch.equal(changed, moved)
+            assert not torch.equal(mixed, changed)
+
+    def test_resumed_mixing(self):
+        then = TimmAugmentation(mixing=Mixing(3, mixup=0.5, cutmix=0.5, mode="elem"))
+        options = {"batch_size": 8, "seed": 1, "epoch": 0, "augmentation": MOVED, "then": then}
+        whole = list(training_batches(OWN, **options))
+        for one, other in zip(whole[4:], training_batches(OWN, **options, start_step=4), strict=True):
+            assert all(map(torch.equal, one, other))
+        assert whole[0][1].shape == (8, 3)
+
+    @pytest.mark.parametrize("kind", ["in memory", "with extra", "streamed", "as decoded"])
+    def test_each_image_is_changed_alike_on_one_process_and_on_two(self, kind):
+        more = {"extra": EXTRA, "extra_fraction": 0.5} if kind == "with extra" else {}
+        data = streamed(OWN) if kind in ("streamed", "as decoded") else OWN
+        crop = STILL if kind == "streamed" else ResizedCrop()
+
+        def epoch(world_size: int) -> list[list[float]]:
+            options = {"seed": 5, "epoch": 1, "augmentation": crop, "then": CHANGED, **more}
+            ranks = [
+                list(training_batches(data, batch_size=12 // world_size, world_size=world_size, rank=rank, **options))
+                for rank in range(world_size)
+            ]
+            # In order of content: with extra images the two kinds alternate differently.
+            return sorted(image.flatten().tolist() for step in zip(*ranks, strict=True) for b, _ in step for image in b)
+
+        one = epoch(1)
+        assert one == epoch(2)
+        assert len(one) == 48
+
+    def test_a_resized_crop_of_images_in_memory_is_that_of_the_same_streamed_ones(self):
+        options = {"batch_size": 8, "seed": 0, "epoch": 2, "augmentation": ResizedCrop()}
+        for data, then in ((OWN, None), (OWN, CHANGED)):
+            held = list(training_batches(data, **options, then=then))
+            decoded = list(training_batches(streamed(data), **options, then=then))
+            assert all(torch.equal(one[0], other[0]) for one, other in zip(held, decoded, strict=True))
+        assert held[0][0].shape == (8, 3, 6, 6)
+
+    def test_grey_images(self):
+        grey = dataclasses.replace(OWN, images=OWN.images[:, :1])
+        then = TimmAugmentation(policy=Policy("rand-p1", fill=(0.5,)), erasing=Erasing(1.0, mean=(0.5,), std=(0.5,)))
+        for data in (grey, dataclasses.replace(streamed(grey), mode="L")):
+            images, _ = next(training_batches(data, batch_size=8, seed=0, epoch=0, augmentation=MOVED, then=then))
+            assert images.shape == (8, 1, 6, 6)

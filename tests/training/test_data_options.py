@@ -12,7 +12,9 @@ from PIL import Image
 
 from timm_fsr.data.augment import Augmentation, ResizedCrop
 from timm_fsr.data.dataset import ImageData
+from timm_fsr.data.policy import Policy
 from timm_fsr.data.streaming import StreamedData
+from timm_fsr.data.timm_augment import Erasing, Mixing, TimmAugmentation
 from timm_fsr.training.options import DataOptions
 from timm_fsr.training.parsing import options_parser, read_options, write_options
 
@@ -90,6 +92,30 @@ def photographs(folder: Path, count: int) -> str:
     return str(folder)
 
 
+class TestTimm:
+    def test_numbers_go_where_timm_has_them(self):
+        options = read("mixup=4/5", "cutmix=1", "cutmix_minmax=[1/4, 0.5]", "mixup_prob=0.9", "mixup_switch_prob=0.3")
+        options = replace(options, mixup_mode="elem", mixup_off_epoch=7, random_erasing=0.25, erasing_mode="rand")
+        options = replace(options, erasing_count=2, auto_augment="3a")
+        options.check()
+        found = options.timm_augmentation(num_classes=5, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+        assert found == TimmAugmentation(
+            policy=Policy("3a", fill=(0.1, 0.2, 0.3)),
+            mixing=Mixing(5, 0.8, 1.0, (0.25, 0.5), prob=0.9, switch_prob=0.3, mode="elem", off_epoch=7),
+            erasing=Erasing(0.25, "rand", 2, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)),
+        )
+
+    def test_nothing(self):
+        assert read("crop_padding=2").timm_augmentation(num_classes=5, mean=(0.5,), std=(0.5,)) is None
+
+    def test_boxes_are_checked_against_the_images(self):
+        options = DataOptions(cutmix_minmax=[0.31, 0.39])
+        options.check()
+        options.check_boxes((3, 32, 32))
+        with pytest.raises(ValueError, match=r"^data\.cutmix_minmax=\[0\.31, 0\.39\] leaves no box .* side of 10"):
+            options.check_boxes((3, 32, 10))
+
+
 class TestHeldOut:
     @pytest.mark.parametrize(("images", "held_out"), [(4, 1), (30, 3), (60, 6)])
     def test_is_a_tenth_of_a_small_folder(self, tmp_path, images, held_out):
@@ -138,7 +164,18 @@ class TestReading:
         (["extra_source=x"], r"extra_fraction=0\.0 is no share .* such as 0\.7"),
         (["extra_source=x", "extra_fraction=1"], r"extra_fraction=1\.0 is no share"),
         (["streamed=true"], r"set data\.size"),
-        (["crop_scale=[0.2,1]"], r"set data\.streamed to true or leave out data\.crop_scale"),
+        (["crop_scale=[0,1]"], r"crop_scale=\[0\.0, 1\.0\] is no range"),
+        (["auto_augment=rnd"], r"data\.auto_augment=rnd: unknown auto_augment policy 'rnd'; did you mean 'rand'"),
+        (["auto_augment=rand-x5"], r"^data\.auto_augment='rand-x5' has the section 'x5'"),
+        (["random_erasing=2"], r"^data\.random_erasing=2\.0 must lie in \[0, 1\]"),
+        (
+            ["erasing_count=2"],
+            r"erasing_count=2 has no meaning without data\.random_erasing; .* --data\.erasing_count=1",
+        ),
+        (["mixup=-1"], r"^data\.mixup=-1\.0 must be 0 or more"),
+        (["mixup_mode=elem"], r"mixup_mode=elem has no meaning without data\.mixup or data\.cutmix"),
+        (["mixup=1", "mixup_switch_prob=0.1"], "no meaning unless data.mixup and data.cutmix are both on"),
+        (["cutmix_minmax=[0.8,0.2]"], r"^data\.cutmix_minmax=\[0\.8, 0\.2\] is no range of sides"),
         (["streamed=true", "size=8", "crop_scale=[0,1]"], r"crop_scale=\[0\.0, 1\.0\] is no range"),
         (["streamed=true", "size=8", "extra_source=x", "extra_fraction=0.5"], "leave out one of the two"),
         (["workers=-1"], "workers=-1 must be 0 or more"),

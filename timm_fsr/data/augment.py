@@ -1,10 +1,12 @@
-"""Training augmentations: crop and flip in memory, resized crops while decoding."""
+"""Training augmentations: random crop and flip, random resized crop."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -59,7 +61,9 @@ def random_crop_flip(images: Tensor, *, padding: int = 4, flip: bool = True, gen
 
 @dataclass(frozen=True)
 class ResizedCrop:
-    """A random part of the image, scaled to the training size, mirrored at random: drawn as each image is decoded.
+    """A random part of the image, scaled to the training size, mirrored at random.
+
+    Of streamed images it is drawn as each is decoded, from the whole; of images in memory from what is held of them.
 
     Attributes:
         scale: smallest and largest share of the image's area, 0 < smallest <= largest <= 1.
@@ -86,6 +90,12 @@ class ResizedCrop:
         mirrored = self.flip and bool(torch.rand((), generator=generator) < 0.5)
         return ImageOps.mirror(part) if mirrored else part
 
+    def of_batch(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Float images (N, C, H, W) in [0, 1], each drawn from its own generator and scaled back to its size."""
+        size = (images.shape[2], images.shape[3])
+        drawn = zip(to_pictures(images), generators, strict=True)
+        return from_pictures([self(picture, size, generator) for picture, generator in drawn], images.device)
+
     def box(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """(left, upper, right, lower) of a part with an aspect from 3/4 to 4/3, drawn as in torchvision."""
         log_ratio = math.log(4 / 3)
@@ -101,3 +111,16 @@ class ResizedCrop:
         wide, high = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
         left, upper = (width - wide) // 2, (height - high) // 2
         return left, upper, left + wide, upper + high
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Float images (N, C, H, W) in [0, 1], grey or RGB, in 8 bits; exact for images that were 8 bits before."""
+    arrays = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]
+
+
+def from_pictures(pictures: Sequence[Image.Image], device: torch.device | str = "cpu") -> Tensor:
+    """The way back: float32 images (N, C, H, W) in [0, 1] on `device`."""
+    arrays = np.stack([np.asarray(picture) for picture in pictures])
+    stacked = torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None])
+    return stacked.permute(0, 3, 1, 2).contiguous().to(device).float().div_(255)

@@ -12,6 +12,7 @@ from torch import Tensor
 from timm_fsr.data.augment import Augmentation, ResizedCrop
 from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.streaming import StreamedData
+from timm_fsr.data.timm_augment import TimmAugmentation
 from timm_fsr.utils.random import derive_generator
 
 
@@ -25,6 +26,7 @@ def training_batches(
     world_size: int = 1,
     start_step: int = 0,
     augmentation: Augmentation | ResizedCrop,
+    then: TimmAugmentation | None = None,
     extra: ImageData | None = None,
     extra_fraction: float = 0.0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -42,45 +44,81 @@ def training_batches(
         rank: this process, 0 <= rank < world_size, the number of processes.
         world_size: see `rank`.
         start_step: the first step to give; skipping the ones before costs nothing.
-        augmentation: applied to each image by its own draw; a `ResizedCrop` needs `StreamedData`.
+        augmentation: crop and flip, applied to each image by its own draw.
+        then: what is done to them after that.
         extra: further images, such as generated ones, of the same classes and size.
         extra_fraction: the share of each batch that comes from `extra`, in (0, 1); at least one image of either kind.
 
     Returns:
-        Float images (B, C, H, W) in [0, 1], those of `data` first, and int64 labels (B,), on the device of `data`.
+        Float images (B, C, H, W) in [0, 1], those of `data` first, and int64 labels (B,), on the device of
+        `data`; labels are (B, classes) where `then` mixes images.
 
     Raises:
         ValueError: the epoch has no such step, or data, extra images and augmentation do not fit together.
     """
-    _check(data, augmentation, extra, extra_fraction)
-    order = partial(epoch_batches, len(data), seed=seed, epoch=epoch, rank=rank, world_size=world_size)
-    indices = order(batch_size, start_step=start_step)
+    _check(data, extra, extra_fraction)
+    chosen = partial(
+        _chosen,
+        data,
+        extra,
+        batch_size=batch_size,
+        fraction=extra_fraction,
+        seed=seed,
+        epoch=epoch,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+    )
+
+    def keys() -> Iterator[Tensor]:
+        return (own if more is None else torch.cat([own, len(data) + more]) for own, more in chosen())
+
     batches: Iterator[tuple[Tensor, Tensor]]
-    if isinstance(data, StreamedData):
-        crop = augmentation if isinstance(augmentation, ResizedCrop) else None
-        batches = data.load(indices, crop=crop, seed=seed, epoch=epoch)
-    elif extra is not None:
-        count = _extra_count(data, extra, batch_size, extra_fraction)
-        steps = epoch_steps(len(data), batch_size, world_size=world_size)
-        own = islice(order(batch_size - count, start_step=start_step), steps - start_step)
-        first = (epoch * steps + start_step) * world_size + rank
-        more = _slices_of_rounds(len(extra), count, first=first, stride=world_size, seed=seed)
-        batches = _mixed(map(data.batch, own), map(extra.batch, more))
+    if isinstance(data, StreamedData) and isinstance(augmentation, ResizedCrop):
+        policy = None if then is None else then.policy
+        then = None if then is None else then.without_policy()
+        indices = (own for own, _ in chosen())
+        batches = data.load(indices, crop=augmentation, policy=policy, seed=seed, epoch=epoch)
+    elif isinstance(augmentation, ResizedCrop):
+        batches = _resized(_joined(data, extra, chosen()), keys(), augmentation, seed=seed, epoch=epoch)
     else:
-        batches = map(data.batch, indices)
-    if isinstance(augmentation, ResizedCrop):
-        return batches  # done while decoding
-    return _augmented(batches, augmentation, seed=seed, epoch=epoch, start_step=start_step, rank=rank)
+        batches = _joined(data, extra, chosen())
+        batches = _augmented(batches, augmentation, seed=seed, epoch=epoch, start_step=start_step, rank=rank)
+    if then is None:
+        return batches
+    return then.over(batches, keys(), seed=seed, epoch=epoch, start_step=start_step, rank=rank)
 
 
-def _check(data: Images, augmentation: Augmentation | ResizedCrop, extra: ImageData | None, fraction: float) -> None:
+def _check(data: Images, extra: ImageData | None, fraction: float) -> None:
     """Raise ValueError for what cannot be used together."""
-    if isinstance(data, ImageData) and isinstance(augmentation, ResizedCrop):
-        raise ValueError(f"{augmentation} is drawn as images are decoded, but {data.name} is decoded; stream the data")
     if isinstance(data, StreamedData) and extra is not None:
         raise ValueError(f"{data.name} is streamed and takes no extra images; load it or leave out {extra.name}")
     if extra is None and fraction:
         raise ValueError(f"extra_fraction={fraction} is a share of no images; give extra too, or leave it out")
+
+
+def _chosen(
+    data: Images,
+    extra: ImageData | None,
+    *,
+    batch_size: int,
+    fraction: float,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Of each batch, the indices of its images in `data`, and in `extra` if there are any."""
+    order = partial(epoch_batches, len(data), seed=seed, epoch=epoch, rank=rank, world_size=world_size)
+    all_own = order(batch_size, start_step=start_step)
+    if extra is None:
+        return ((own, None) for own in all_own)
+    count = _extra_count(data, extra, batch_size, fraction)
+    steps = epoch_steps(len(data), batch_size, world_size=world_size)
+    own = islice(order(batch_size - count, start_step=start_step), steps - start_step)
+    first = (epoch * steps + start_step) * world_size + rank
+    return zip(own, _slices_of_rounds(len(extra), count, first=first, stride=world_size, seed=seed), strict=False)
 
 
 def _extra_count(data: Images, extra: ImageData, batch_size: int, fraction: float) -> int:
@@ -116,12 +154,29 @@ def _slices_of_rounds(total: int, count: int, *, first: int, stride: int, seed: 
         first += stride
 
 
-def _mixed(
-    batches: Iterator[tuple[Tensor, Tensor]], more: Iterator[tuple[Tensor, Tensor]]
+def _joined(
+    data: Images, extra: ImageData | None, chosen: Iterator[tuple[Tensor, Tensor | None]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches whose first images are from one and the others from the other."""
-    for (images, labels), (others, other_labels) in zip(batches, more, strict=False):
-        yield torch.cat([images, others.to(images.device)]), torch.cat([labels, other_labels.to(labels.device)])
+    """The batches as they are held, those of `data` first."""
+    if isinstance(data, StreamedData):
+        yield from data.load(own for own, _ in chosen)
+        return
+    for own, more in chosen:
+        images, labels = data.batch(own)
+        if extra is not None and more is not None:
+            others, other_labels = extra.batch(more)
+            images = torch.cat([images, others.to(images.device)])
+            labels = torch.cat([labels, other_labels.to(labels.device)])
+        yield images, labels
+
+
+def _resized(
+    batches: Iterator[tuple[Tensor, Tensor]], keys: Iterator[Tensor], crop: ResizedCrop, *, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each image cropped by a draw of its own, from (seed, epoch, key) as streamed images are."""
+    for (images, labels), own in zip(batches, keys, strict=False):
+        draws = [derive_generator(seed, epoch, key, 0, stream="crop") for key in own.tolist()]
+        yield crop.of_batch(images, draws), labels
 
 
 def _augmented(

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from timm_fsr.data.augment import ResizedCrop
 from timm_fsr.data.dataset import Images, check_format, choose, digest_of, skipped_note
 from timm_fsr.data.decoding import CHUNK, MODES, ModelCrop, Rows, check_range, chunk_starts, fit, mode_of, pixels_of
+from timm_fsr.data.policy import Policy
 from timm_fsr.data.sources import open_rows
+from timm_fsr.data.timm_augment import image_seed
 from timm_fsr.utils.random import derive_generator
 
 _TOGETHER = 8  # images read at once: asking the table for one costs as much as decoding a small one
@@ -107,7 +109,13 @@ class StreamedData(Images):
         return self.load(torch.arange(len(self)).split(batch_size))
 
     def load(
-        self, batches: Iterable[Tensor], *, crop: ResizedCrop | None = None, seed: int = 0, epoch: int = 0
+        self,
+        batches: Iterable[Tensor],
+        *,
+        crop: ResizedCrop | None = None,
+        policy: Policy | None = None,
+        seed: int = 0,
+        epoch: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Decodes batch after batch, ahead of their use if there are workers.
 
@@ -115,6 +123,7 @@ class StreamedData(Images):
             batches: the images of each batch, int64 tensors (B,).
             crop: the random part of each image, drawn from (seed, epoch, its row in the source) and nothing else;
                 None takes the centre.
+            policy: what is done to each image after that; drawn likewise.
             seed: see `crop`.
             epoch: see `crop`.
 
@@ -126,7 +135,7 @@ class StreamedData(Images):
         """
         chosen = list(batches)
         loader = _loader(
-            _Samples(self.rows, self.size, self.mode, self.channels, crop or self.crop, seed, epoch),
+            _Samples(self.rows, self.size, self.mode, self.channels, crop or self.crop, policy, seed, epoch),
             (self.indices[places.cpu()].tolist() for places in chosen),
             min(self.workers, len(chosen)),
             pin_memory=torch.device(self.device).type == "cuda",
@@ -255,6 +264,7 @@ class _Samples(Dataset[Tensor]):
     mode: str
     channels: int | None
     crop: ResizedCrop | ModelCrop | None
+    policy: Policy | None
     seed: int
     epoch: int
 
@@ -278,8 +288,14 @@ class _Samples(Dataset[Tensor]):
 
     def _array(self, picture: Image.Image, index: int) -> np.ndarray:
         if isinstance(self.crop, ResizedCrop):
-            return self._cropped(picture, index, self.crop)
-        return fit(picture, self.mode, self.size, self.crop)
+            array = self._cropped(picture, index, self.crop)
+        else:
+            array = fit(picture, self.mode, self.size, self.crop)
+        if self.policy is None:
+            return array
+        fitted = Image.fromarray(array[..., 0] if self.mode == "L" else array)
+        (changed,) = self.policy.over([fitted], [image_seed("policy", index, seed=self.seed, epoch=self.epoch)])
+        return pixels_of(changed)
 
     def _cropped(self, picture: Image.Image, index: int, crop: ResizedCrop) -> np.ndarray:
         generator = derive_generator(self.seed, self.epoch, index, 0, stream="crop")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fsr.layers.base import Aux, FeatureLayer, check_weights, register_layer
-from timm_fsr.layers.common import auxiliary_logits, strongest_wrong_class
+from timm_fsr.layers.common import auxiliary_logits, wrong_class_loss
 
 
 @register_layer
@@ -46,6 +46,7 @@ class Disentangler(FeatureLayer):
     """
 
     name: ClassVar[str] = "afd"
+    soft_labels: ClassVar[bool] = True
 
     def __init__(
         self, channels: int, num_classes: int, *, confusion_weight: float = 0.05, separation_weight: float = 0.25
@@ -90,7 +91,7 @@ class Disentangler(FeatureLayer):
     def aux_losses(self, aux: Aux, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The disentangling losses and the probe's, means over the batch."""
         probe = F.cross_entropy(auxiliary_logits(aux, logits), labels)
-        confusion = F.cross_entropy(aux["confused_logits"], strongest_wrong_class(logits, labels))
+        confusion = wrong_class_loss(aux["confused_logits"], logits, labels)
         separation = F.cosine_similarity(aux["intrinsic"], aux["confused"].detach(), dim=1).mean()
         return {
             "confusion": self.confusion_weight * confusion,

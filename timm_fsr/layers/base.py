@@ -31,12 +31,15 @@ class FeatureLayer(nn.Module):
             leave a stand-in without meaning takes it out of its own list.
         attack_weight: weight of the layer's own term in what training attacks maximise; 0, the default, is none, and
             then nothing is recorded for it during the attack.
+        soft_labels: the layer knows what to do with labels (N, classes), the share of each class in an image, as mixup
+            makes them; otherwise it is not trained with such.
     """
 
     name: ClassVar[str]
     default_at: ClassVar[tuple[int | str, ...]] = (-1,)
     surrogates: tuple[str, ...] = ()
     attack_weight: float = 0.0
+    soft_labels: ClassVar[bool] = False
     _wants_aux: bool = True
     _surrogate: str | None = None
 

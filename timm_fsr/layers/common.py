@@ -70,9 +70,23 @@ def logistic_noise(like: Tensor) -> Tensor:
 
 
 def strongest_wrong_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """For each row of `logits` (N, classes) the highest-scoring class that is not in `labels` (N,)."""
-    true_class = F.one_hot(labels, logits.shape[1]).bool()
+    """For each row of `logits` (N, classes) the highest-scoring class that is not in `labels` (N,).
+
+    Of mixed labels (N, classes) none that has a share is wrong; without any other, the result is class 0.
+    """
+    true_class = labels > 0 if labels.ndim == 2 else F.one_hot(labels, logits.shape[1]).bool()
     return logits.detach().masked_fill(true_class, float("-inf")).argmax(dim=1)
+
+
+def wrong_class_loss(found: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of `found` (N, classes) towards the strongest wrong class of the model's `logits`.
+
+    Images in which every class has a share, as of two mixed ones, have no wrong class, and count as a loss of 0.
+    """
+    wrong = strongest_wrong_class(logits, labels)
+    if labels.ndim == 1:
+        return F.cross_entropy(found, wrong)
+    return (F.cross_entropy(found, wrong, reduction="none") * (labels == 0).any(dim=1)).mean()
 
 
 def three_convolutions(channels: int, hidden: int) -> nn.Sequential:

@@ -49,6 +49,7 @@ class Denoise(FeatureLayer):
     """
 
     name: ClassVar[str] = "denoise"
+    soft_labels: ClassVar[bool] = True
     default_at: ClassVar[tuple[int | str, ...]] = ("stages",)
     surrogates: tuple[str, ...] = ("mean_filter",)
 

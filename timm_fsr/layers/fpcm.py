@@ -37,6 +37,7 @@ class FPCM(FeatureLayer):
     """
 
     name: ClassVar[str] = "fpcm"
+    soft_labels: ClassVar[bool] = True
     default_at: ClassVar[tuple[int | str, ...]] = ("stages",)
 
     def __init__(self, channels: int, num_classes: int, *, cutoff: float = 0.125) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fsr.layers.base import Aux, FeatureLayer, check_choice, check_temperature, check_weights, register_layer
-from timm_fsr.layers.common import logistic_noise, soft_mask, strongest_wrong_class, three_convolutions
+from timm_fsr.layers.common import logistic_noise, soft_mask, three_convolutions, wrong_class_loss
 
 _MASK_SURROGATES = ("wide_tau", "straight_through", "detached_mask")
 """Those that change the gradient of the mask."""
@@ -62,6 +62,7 @@ class FSR(FeatureLayer):
     """
 
     name: ClassVar[str] = "fsr"
+    soft_labels: ClassVar[bool] = True
     surrogates: tuple[str, ...] = _MODES["both"]
 
     def __init__(
@@ -152,7 +153,7 @@ class FSR(FeatureLayer):
         losses = {}
         if self.separation is not None:
             robust = F.cross_entropy(aux["robust_logits"], labels)
-            nonrobust = F.cross_entropy(aux["nonrobust_logits"], strongest_wrong_class(logits, labels))
+            nonrobust = wrong_class_loss(aux["nonrobust_logits"], logits, labels)
             losses["separation"] = self.separation_weight * (robust + nonrobust)
         if self.recalibration is not None:
             losses["recalibration"] = self.recalibration_weight * F.cross_entropy(aux["recalibrated_logits"], labels)

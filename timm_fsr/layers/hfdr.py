@@ -58,6 +58,7 @@ class HFDR(FeatureLayer):
     """
 
     name: ClassVar[str] = "hfdr"
+    soft_labels: ClassVar[bool] = True
     default_at: ClassVar[tuple[int | str, ...]] = (0,)
     surrogates: tuple[str, ...] = ("wide_tau", "straight_through", "detached_mask")
     kernels: Tensor

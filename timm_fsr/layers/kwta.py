@@ -39,6 +39,7 @@ class KWTA(FeatureLayer):
     """
 
     name: ClassVar[str] = "kwta"
+    soft_labels: ClassVar[bool] = True
     default_at: ClassVar[tuple[int | str, ...]] = ("stages",)
     surrogates: tuple[str, ...] = ("soft_mask",)
 

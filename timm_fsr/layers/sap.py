@@ -40,6 +40,7 @@ class SAP(FeatureLayer):
     """
 
     name: ClassVar[str] = "sap"
+    soft_labels: ClassVar[bool] = True
     default_at: ClassVar[tuple[int | str, ...]] = ("stages",)
 
     def __init__(self, channels: int, num_classes: int, *, fraction: float = 1.0) -> None:

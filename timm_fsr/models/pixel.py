@@ -55,6 +55,12 @@ def as_pixel_model(model: nn.Module) -> nn.Module:
     return wrapped.to(device_of(model))
 
 
+def mean_and_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the first `PixelModel` in `model` subtracts and divides by, one number for each channel."""
+    pixel = next(module for module in model.modules() if isinstance(module, PixelModel))
+    return tuple(pixel.mean.flatten().tolist()), tuple(pixel.std.flatten().tolist())
+
+
 def _per_channel(values: object, channels: int, key: str) -> Tensor:
     tensor = torch.as_tensor(values, dtype=torch.float32).flatten()
     if tensor.numel() == channels:

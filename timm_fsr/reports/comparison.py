@@ -49,7 +49,21 @@ FREE = (
     "data.on_error",
 )
 # Keys that older recipes lack, with what they meant without them.
-IMPLICIT: dict[str, Any] = {"attack.args": {}, "optim.freeze": 0}
+IMPLICIT: dict[str, Any] = {
+    "attack.args": {},
+    "optim.freeze": 0,
+    "data.auto_augment": None,
+    "data.random_erasing": 0.0,
+    "data.erasing_mode": "pixel",
+    "data.erasing_count": 1,
+    "data.mixup": 0.0,
+    "data.cutmix": 0.0,
+    "data.cutmix_minmax": None,
+    "data.mixup_prob": 1.0,
+    "data.mixup_switch_prob": 0.5,
+    "data.mixup_mode": "batch",
+    "data.mixup_off_epoch": 0,
+}
 _LAYER = ("model.layer", "model.layer_args", "model.at")
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from timm_fsr.attacks.base import Attack
     from timm_fsr.data.augment import Augmentation, ResizedCrop
     from timm_fsr.data.dataset import ImageData, Images
+    from timm_fsr.data.timm_augment import TimmAugmentation
     from timm_fsr.training.objectives.base import Objective
 
 Built = TypeVar("Built")
@@ -233,8 +234,22 @@ class DataOptions:
         streamed: decode images when they are needed, with `workers` processes, instead of holding them all in memory;
             needs `size`. See `timm_fsr.data.streaming.stream_data` for what it keeps on the disk.
         workers: processes that decode streamed images, for each training process; 0 decodes in that one.
-        crop_scale: smallest and largest share of a streamed image's area that a random resized crop takes, such as
-            [0.25, 1.0], in place of the crop with padding; null scales the whole image and takes its centre.
+        crop_scale: smallest and largest share of an image's area that a random resized crop takes, such as
+            [0.25, 1.0], in place of the crop with padding: of streamed images as each is decoded, of images in memory
+            after they got their size. null is no such crop.
+        auto_augment: timm's configuration string of RandAugment, AutoAugment, AugMix or 3-Augment, such as
+            rand-m9-mstd0.5-inc1; null is none. This key and the next ones are those of timm's training script.
+        random_erasing: share of the images of which a random box is erased; 0 is none.
+        erasing_mode: what is put in: "pixel" normal noise, "rand" one normal colour, "const" the mean colour.
+        erasing_count: largest number of boxes of an image.
+        mixup: alpha of mixup, such as 0.8; 0 is none. Labels are mixed too, and attacks maximise the mixed loss.
+        cutmix: alpha of CutMix, such as 1.0; 0 is none.
+        cutmix_minmax: smallest and largest side of CutMix's box as shares of the image's, such as [0.2, 0.8]; switches
+            CutMix on.
+        mixup_prob: how often mixup or CutMix is applied.
+        mixup_switch_prob: how often that is CutMix, where both are on.
+        mixup_mode: whether a "batch", a "pair" of images or each image ("elem") is mixed by its own draw.
+        mixup_off_epoch: epochs after which nothing is mixed any more; 0 mixes to the end.
     """
 
     source: str = "fashion_mnist"
@@ -258,6 +273,17 @@ class DataOptions:
     streamed: bool = False
     workers: int = 4
     crop_scale: list[Number] | None = None
+    auto_augment: str | None = None
+    random_erasing: Number = 0.0
+    erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
+    erasing_count: int = 1
+    mixup: Number = 0.0
+    cutmix: Number = 0.0
+    cutmix_minmax: list[Number] | None = None
+    mixup_prob: Number = 1.0
+    mixup_switch_prob: Number = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    mixup_off_epoch: int = 0
 
     def check(self) -> None:
         """Raise ValueError for a number out of range, or a key that another one leaves without meaning."""
@@ -275,6 +301,7 @@ class DataOptions:
             self.check_crop(self.size)
         self._check_extra()
         self._check_streamed()
+        self._check_timm()
 
     def check_crop(self, side: int) -> None:
         """Raise ValueError if the padding lets crops show nothing of an image whose shorter side has `side` pixels."""
@@ -283,6 +310,16 @@ class DataOptions:
                 f"data.crop_padding={self.crop_padding} is no less than the side of the images, {side} pixels, so that "
                 "a random crop could miss the image; use fewer, an eighth of the side is usual"
             )
+
+    def check_boxes(self, image_size: tuple[int, int, int]) -> None:
+        """Raise ValueError if CutMix's boxes fit no image of (channels, height, width) `image_size`."""
+        augmentation = self.timm_augmentation(num_classes=2, mean=(0.5,), std=(0.5,))
+        if augmentation is None or augmentation.mixing is None:
+            return
+        try:
+            augmentation.mixing.check_size(*image_size[1:])
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from error
 
     def _check_extra(self) -> None:
         if self.extra_source is None:
@@ -305,11 +342,6 @@ class DataOptions:
             _check_default("data", self, "workers", "for images held in memory, which are decoded before the training")
         if self.crop_scale is not None:
             _check_default("data", self, "crop_padding", "with data.crop_scale, which is another crop")
-        if self.crop_scale is not None and not self.streamed:
-            raise ValueError(
-                "data.crop_scale is drawn as images are decoded, but these are decoded once, before the training; set "
-                "data.streamed to true or leave out data.crop_scale"
-            )
         if self.streamed and self.size is None:
             raise ValueError("data.streamed does not look at every image, so set data.size to the side they get")
         if self.streamed and self.extra_source is not None:
@@ -394,6 +426,63 @@ class DataOptions:
         if self.crop_scale is None:
             return Augmentation(padding=self.crop_padding, flip=self.flip)
         return ResizedCrop(scale=tuple(map(float, self.crop_scale)), flip=self.flip)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, and their labels with them."""
+        return self.mixup != 0 or self.cutmix != 0 or self.cutmix_minmax is not None
+
+    def timm_augmentation(
+        self, *, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> TimmAugmentation | None:
+        """What is done to images after crop and flip; None if that is nothing.
+
+        Args:
+            num_classes: of the labels.
+            mean: that the model subtracts, for each channel.
+            std: that it divides by.
+
+        Raises:
+            ValueError: a configuration string or number that timm does not have.
+        """
+        from timm_fsr.data.policy import Policy
+        from timm_fsr.data.timm_augment import Erasing, Mixing, TimmAugmentation
+
+        policy = erasing = mixing = None
+        if self.auto_augment is not None:
+            policy = Policy(self.auto_augment, fill=mean)
+        if self.random_erasing != 0:
+            erasing = Erasing(float(self.random_erasing), self.erasing_mode, self.erasing_count, mean=mean, std=std)
+        if self.mixes:
+            mixing = Mixing(
+                num_classes=num_classes,
+                mixup=float(self.mixup),
+                cutmix=float(self.cutmix),
+                cutmix_minmax=None if self.cutmix_minmax is None else tuple(map(float, self.cutmix_minmax)),
+                prob=float(self.mixup_prob),
+                switch_prob=float(self.mixup_switch_prob),
+                mode=self.mixup_mode,
+                off_epoch=self.mixup_off_epoch,
+            )
+        if policy is None and mixing is None and erasing is None:
+            return None
+        return TimmAugmentation(policy=policy, mixing=mixing, erasing=erasing)
+
+    def _check_timm(self) -> None:
+        """Raise ValueError for augmentations of timm that it would refuse, or keys without meaning."""
+        if self.random_erasing == 0:
+            for key in ("erasing_mode", "erasing_count"):
+                _check_default("data", self, key, "without data.random_erasing")
+        if not self.mixes:
+            for key in ("mixup_prob", "mixup_mode", "mixup_off_epoch"):
+                _check_default("data", self, key, "without data.mixup or data.cutmix")
+        if self.mixup == 0 or (self.cutmix == 0 and self.cutmix_minmax is None):
+            _check_default("data", self, "mixup_switch_prob", "unless data.mixup and data.cutmix are both on")
+        try:
+            self.timm_augmentation(num_classes=2, mean=(0.5,), std=(0.5,))
+        except ValueError as error:
+            unnamed = str(error).startswith("unknown")
+            raise ValueError(f"data.{f'auto_augment={self.auto_augment}: ' if unnamed else ''}{error}") from error
 
     def _load(
         self,

@@ -20,12 +20,13 @@ from timm_fsr.data.sampling import epoch_steps
 from timm_fsr.data.sources import is_image_folder
 from timm_fsr.evaluation.classes import KindOfImages, match_classes
 from timm_fsr.hooks.attach import reattach
+from timm_fsr.hooks.surrogates import feature_layers
 from timm_fsr.models.description import check_runs, class_names, describe, size_text
 from timm_fsr.models.memory import activation_bytes, weight_bytes
 from timm_fsr.models.pixel import PixelModel, as_pixel_model
 from timm_fsr.models.saving import saved_config
 from timm_fsr.models.weights import check_finite_weights
-from timm_fsr.training.objectives.base import Objective
+from timm_fsr.training.objectives.base import Objective, check_soft_labels
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.utils.errors import ImageSizeError
 from timm_fsr.utils.memory import check_memory
@@ -51,6 +52,7 @@ def read_images(recipe: Recipe, accelerator: Accelerator, console: Console) -> t
     progress, device = accelerator.is_main_process, accelerator.device
     data, held_out = recipe.data.build(seed=recipe.seed, progress=progress, mixed_size=_input_side(recipe))
     recipe.data.check_crop(min(data.image_size[1:]))
+    recipe.data.check_boxes(data.image_size)
     extra = recipe.data.build_extra(data.classes, data.image_size, progress=progress)
     for note in (*data.notes, *(() if extra is None else extra.notes)):
         console.print(note)
@@ -94,6 +96,11 @@ def count_steps(recipe: Recipe, images: int, held_out: int, processes: int) -> i
         raise ValueError(
             f"optim.batch_size={batch_size} does not divide among {processes} processes with "
             f"optim.accumulate={recipe.optim.accumulate}; make it a multiple of {parts}"
+        )
+    if recipe.data.mixes and batch_size // processes % 2:
+        raise ValueError(
+            f"optim.batch_size={batch_size} gives each of {processes} processes {batch_size // processes} images, but "
+            f"mixup and CutMix mix them in pairs; make it a multiple of {2 * processes}"
         )
     if held_out < processes:
         raise ValueError(
@@ -143,6 +150,8 @@ def build_model(
             f"{recipe.model.name} returns {f'shape {shape}' if shape else type(logits).__name__} for one image, not a "
             f"logit for each of {data.num_classes} classes; correct model.args={recipe.model.args}"
         )
+    if recipe.data.mixes:  # a saved model may have come with layers
+        check_soft_labels(recipe.objective.build(), feature_layers(timm_model), because="data.mixup and data.cutmix")
     check_finite_weights(timm_model, f"the first weights of {recipe.model.name}")
     if recipe.gradient_checkpointing:
         _checkpoint_gradients(timm_model)

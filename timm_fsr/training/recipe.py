@@ -150,6 +150,7 @@ class Recipe:
                 "out model.args.in_chans, as data.channels decides"
             )
         self.model.check()
+        self._check_mixing(objective)
 
     def _import(self, source: str) -> None:
         try:
@@ -176,6 +177,21 @@ class Recipe:
             raise ValueError(
                 f"objective.name={self.objective.name} fine-tunes a trained model, but {self.model.name} begins with "
                 "random weights; give the folder or Hub name of a trained model as model.name, or set model.pretrained"
+            )
+
+    def _check_mixing(self, objective: Objective) -> None:
+        """Refuse mixed labels where the objective or the feature layer has no formula for them, and odd batches."""
+        from timm_fsr.layers import layer_class
+        from timm_fsr.training.objectives.base import check_soft_labels
+
+        if not self.data.mixes:
+            return
+        layers = [] if self.model.layer is None else [layer_class(self.model.layer)]
+        check_soft_labels(objective, layers, because="data.mixup and data.cutmix")
+        if self.optim.batch_size % 2:
+            raise ValueError(
+                f"optim.batch_size={self.optim.batch_size} is odd, but mixup and CutMix mix images in pairs; make it "
+                "even, or leave out data.mixup and data.cutmix"
             )
 
     def _check_passes(self, *, twice: bool) -> None:

@@ -102,7 +102,7 @@ class Step:
 
         Args:
             images: (N, C, H, W) in [0, 1], of this process.
-            labels: (N,).
+            labels: (N,), or (N, classes) if they are mixed; then accuracies count the class of the largest share.
             stop_asked: whether this process was told to stop.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.timm_model.buffers()]
@@ -249,6 +249,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 def _metrics(terms: LossTerms, labels: Tensor) -> dict[str, Tensor]:
     metrics = {f"loss.{name}": value.detach() for name, value in terms.items()}
+    labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
     for kind, logits in terms.logits.items():
         metrics[_ACCURACY[kind]] = (logits.argmax(dim=1) == labels).float().mean()
     return metrics

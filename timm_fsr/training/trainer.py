@@ -25,7 +25,7 @@ from timm_fsr.attacks.bn_folding import Folding, find_folding
 from timm_fsr.data.dataset import ImageData, Images
 from timm_fsr.data.sampling import training_batches
 from timm_fsr.hooks.placement import pretrained_cfg_of
-from timm_fsr.models.pixel import PixelModel
+from timm_fsr.models.pixel import PixelModel, mean_and_std
 from timm_fsr.models.saving import save_pretrained, weights_digest
 from timm_fsr.training.accelerator import build_accelerator
 from timm_fsr.training.freezing import Frozen, find_frozen
@@ -261,7 +261,7 @@ class Trainer:
 
         Args:
             images: (N, C, H, W) in [0, 1].
-            labels: (N,).
+            labels: (N,), or (N, classes) if they are mixed.
             stop_asked: whether this process was told to stop; if any process was, all of them stop.
 
         Raises:
@@ -388,6 +388,7 @@ class Trainer:
 
     def _batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of this process in the current epoch, from the given step on."""
+        mean, std = mean_and_std(self.prepared)
         return training_batches(
             self.data,
             batch_size=self.recipe.optim.batch_size // self.accelerator.num_processes,
@@ -397,6 +398,7 @@ class Trainer:
             world_size=self.accelerator.num_processes,
             start_step=start_step,
             augmentation=self.recipe.data.augmentation(),
+            then=self.recipe.data.timm_augmentation(num_classes=self.data.num_classes, mean=mean, std=std),
             extra=self.extra,
             extra_fraction=self.recipe.data.extra_fraction,
         )

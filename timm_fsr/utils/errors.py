@@ -45,8 +45,8 @@ def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int 
     """Refuse what is no batch of pixels with its classes.
 
     Raises:
-        ValueError: `images` not (N, C, H, W) floating point in [0, 1], or `labels` not (N,) integers in
-            [0, num_classes).
+        ValueError: `images` not (N, C, H, W) floating point in [0, 1], or `labels` neither (N,) integers in
+            [0, num_classes) nor (N, num_classes) shares of the classes, as mixup makes them.
     """
     import torch  # here: the command line's help needs this file, and not torch
 
@@ -65,6 +65,9 @@ def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int 
         raise ValueError(f"images lie in [{low:.4g}, {high:.4g}] but pixels must lie in [0, 1]; {remedy}")
     if labels is None:
         return
+    if labels.ndim == 2 and labels.is_floating_point():
+        _check_soft_labels(images, labels, num_classes)
+        return
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; give one int64 class per image, "
@@ -78,3 +81,15 @@ def check_images(images: Tensor, labels: Tensor | None = None, num_classes: int 
             f"labels run from {low_label} to {high_label}, but the model has {num_classes} classes "
             f"(0 to {num_classes - 1}); create it with num_classes={high_label + 1}"
         )
+
+
+def _check_soft_labels(images: Tensor, labels: Tensor, num_classes: int | None) -> None:
+    """Refuse labels that are no shares of the classes, each 0 or more and together 1."""
+    if len(labels) != len(images) or num_classes not in (None, labels.shape[1]):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; give the share of each class of each image, shape "
+            f"({len(images)}, {num_classes or 'number of classes'})"
+        )
+    sums = labels.detach().sum(dim=1)
+    if not (bool((labels >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())):  # also true for NaN
+        raise ValueError("labels with a share for each class must be 0 or more, and 1 together for each image")

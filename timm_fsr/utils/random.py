@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -25,3 +27,28 @@ def derive_generator(
     """
     digest = hashlib.sha256(f"{stream}/{seed}/{epoch}/{step}/{rank}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+@contextmanager
+def seeded_libraries() -> Iterator[Callable[[int], None]]:
+    """For code that draws from the global generators of Python, NumPy and torch (on the CPU).
+
+    Afterwards all three are as before, also after an exception. Other threads draw from them too, so they must not
+    meanwhile.
+
+    Yields:
+        What seeds all three; to be called before the first draw.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield _seed_libraries
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+def _seed_libraries(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)

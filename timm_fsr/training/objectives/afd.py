@@ -33,6 +33,7 @@ class AFD(Objective):
     """
 
     name: ClassVar[str] = "afd"
+    soft_labels: ClassVar[bool] = True
     layer: ClassVar[str | None] = "afd"
     fine_tunes: ClassVar[bool] = True
     alignment: float = 25.0

@@ -28,6 +28,7 @@ class AT(Objective):
     """
 
     name: ClassVar[str] = "at"
+    soft_labels: ClassVar[bool] = True
     grad_align: float = 0.0
 
     def __post_init__(self) -> None:

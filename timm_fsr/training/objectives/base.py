@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_fsr.attacks.base import Attack, LossFunction, attack_mode
+from timm_fsr.hooks.surrogates import feature_layers
+from timm_fsr.layers.base import FeatureLayer
 from timm_fsr.training.objectives.passes import attack_loss
 from timm_fsr.utils.errors import check_images
 from timm_fsr.utils.registry import RegistrationError, Registry
@@ -45,12 +48,15 @@ class Objective:
         label_smoothing: in [0, 1), of the main cross-entropy of the training loss only.
         layer: name of the feature layer that the method cannot do without, if any.
         fine_tunes: the method starts from a trained model.
+        soft_labels: the method knows what to do with labels (N, classes), the share of each class in an image, as mixup
+            makes them.
         teacher: a frozen model that the method learns from, if any; `begin` makes it.
     """
 
     name: ClassVar[str]
     layer: ClassVar[str | None] = None
     fine_tunes: ClassVar[bool] = False
+    soft_labels: ClassVar[bool] = False
     label_smoothing: float = 0.0
     teacher: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -67,13 +73,13 @@ class Objective:
         *,
         generator: torch.Generator | None = None,
     ) -> LossTerms:
-        """Loss terms of `images` (N, C, H, W) in [0, 1] with `labels` (N,): `craft`, then `terms`.
+        """Loss terms of `images` (N, C, H, W) in [0, 1] with `labels` (N,), or (N, classes): `craft`, then `terms`.
 
         Args:
             model: in pixel space and training mode; also wrapped by DistributedDataParallel.
             attack: maximises `attack_loss`, with the model in eval mode.
             images: clean images.
-            labels: their classes.
+            labels: their classes, or with `soft_labels` the share of each class in each image.
             generator: of the attack's random start.
 
         Raises:
@@ -114,6 +120,8 @@ class Objective:
         inner = unwrapped(model)
         check_images(images, labels, getattr(getattr(inner, "model", inner), "num_classes", None) or None)
         _check_dtype(inner, images)
+        if labels.ndim == 2:
+            check_soft_labels(self, feature_layers(inner))
         if not self.attacks:
             return images
         self.check_attack(attack)
@@ -135,6 +143,7 @@ class Objective:
         """Raise ValueError for an attack that cannot work with this method."""
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the batch; of mixed labels (N, classes) as timm's `SoftTargetCrossEntropy` of smoothed ones."""
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
@@ -165,6 +174,31 @@ def register_objective(objective: ObjectiveClass) -> ObjectiveClass:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def check_soft_labels(
+    objective: Objective, layers: Iterable[FeatureLayer | type[FeatureLayer]], *, because: str = ""
+) -> None:
+    """Raise ValueError for a method or a feature layer that has no formula for mixed labels.
+
+    Args:
+        objective: the method.
+        layers: of the model.
+        because: what mixes them, and can be left out.
+    """
+    remedy = f", or leave out {because}" if because else ", or give one class for each image"
+    if not objective.soft_labels:
+        able = [name for name in OBJECTIVES.names() if OBJECTIVES[name].soft_labels and not OBJECTIVES[name].layer]
+        raise ValueError(
+            f"the objective {objective.name!r} is about the one true class of an image, and says nothing of mixed "
+            f"labels; take one of {', '.join(able)}{remedy}"
+        )
+    for layer in layers:
+        if not layer.soft_labels:
+            raise ValueError(
+                f"the feature layer {layer.name!r} uses the one true class of an image while it trains, and says "
+                f"nothing of mixed labels; take another layer{remedy}"
+            )
 
 
 def _check_dtype(model: nn.Module, images: Tensor) -> None:

@@ -18,6 +18,7 @@ class Natural(Objective):
     """Training on clean images: cross-entropy, and the feature layers' auxiliary terms on them."""
 
     name: ClassVar[str] = "natural"
+    soft_labels: ClassVar[bool] = True
 
     @property
     def attacks(self) -> bool:

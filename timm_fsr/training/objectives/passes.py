@@ -23,7 +23,7 @@ def attack_loss(
 
     Args:
         model: in attack mode.
-        labels: (N,) true classes.
+        labels: (N,) true classes, or (N, classes) shares of them.
         main_loss: of the logits (N, classes), one value per image.
         clean: recorded on the clean images, where `main_loss` is a divergence from these.
     """
@@ -69,7 +69,7 @@ def joint_forward(
     model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits of clean and adversarial images, both (N, classes), and the adversarial ones' auxiliary terms."""
-    with record(model, labels.repeat(2)) as tape:
+    with record(model, torch.cat([labels, labels])) as tape:
         clean, attacked = model(torch.cat([images, adversarial])).float().chunk(2)
     return clean, attacked, tape.losses(attacked, labels, rows=slice(len(images), None))
 

@@ -30,6 +30,7 @@ class TRADES(Objective):
     """
 
     name: ClassVar[str] = "trades"
+    soft_labels: ClassVar[bool] = True
     beta: float = 6.0
 
     def __post_init__(self) -> None:
