@@ -218,8 +218,8 @@ def _calibration(report: Report, chance: float | None) -> dict[str, Any] | None:
 def _corruptions(report: Report) -> list[dict[str, Any]]:
     rows = []
     for kind, found in report.corruptions.items():
-        levels = [found[level] for level in sorted(found, key=int)]
-        rows.append({"name": kind.replace("_", " "), "levels": levels, "mean": sum(levels) / len(levels)})
+        levels = [(level, found[level]) for level in sorted(found, key=int)]
+        rows.append({"name": kind.replace("_", " "), "levels": levels, "mean": sum(found.values()) / len(found)})
     return rows
 
 
