@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.backbones import TINY_BACKBONES, TinyBackbone
+from support.browser import browser  # noqa: F401 (a fixture)
 from support.hub_server import HubServer
 from support.hub_tools import Client, save
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,15 @@ import timm
 import torch
 from support.runs import metrics, tiny
 from support.tiny import LabelScale, label_scale_registered
-from timm.models import _registry as timm_registry
+from support.variants import only
 from torch import nn
 
 import timm_fsr
 from timm_fsr.layers import LAYERS
-from timm_fsr.models import variants as models
 from timm_fsr.models.pixel import PixelModel
 from timm_fsr.training.trainer import train
 
 NAME = LabelScale.name
-
-
-@contextmanager
-def only(*bases: str) -> Iterator[None]:
-    """Within it these are all architectures there are; afterwards the variants registered in it are unknown again."""
-    before = set(models.default_cfgs)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm, "list_models", lambda: list(bases))
-        yield
-    for name in set(models.default_cfgs) - before:
-        timm_registry._clear_model_entries(name)
-        del timm_registry._model_entrypoints[name], models.default_cfgs[name], vars(models)[name]
-        models.__all__.remove(name)
 
 
 @pytest.fixture

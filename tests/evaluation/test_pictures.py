@@ -8,7 +8,7 @@ import torch
 from support.tiny import images, labels, tiny_resnet, with_fsr
 
 from timm_fsr.attacks.pgd import PGD
-from timm_fsr.evaluation.examples import attack_picture
+from timm_fsr.evaluation.examples import attack_picture, laid_over
 
 CLASSES = [f"class {index}" for index in range(10)]
 ATTACK = PGD(eps=0.1, steps=2)
@@ -30,6 +30,19 @@ def test_the_first_tile_is_the_clean_image():
     black = (np.asarray(picture) == 0).all(axis=2)
     rows, columns = black.any(axis=1).nonzero()[0], black[:, :122].any(axis=0).nonzero()[0]
     assert black[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].sum() >= 112 * 112
+
+
+def test_masks_are_laid_over_the_image():
+    image = torch.zeros(3, 32, 32)
+    image[:, :, 16:] = 1.0
+    left, right = (
+        np.asarray(laid_over(image, mask)).reshape(112, 2, 56, 3).mean(axis=(0, 2)).T[:, :2].T
+        for mask in (torch.zeros(4, 4), torch.ones(4, 4))
+    )
+    for tile in (left, right):
+        assert (tile[1] - tile[0] > 80).all(), "the image shows through"
+    assert right[0][0] - left[0][0] > 80, "and the mask has its colour: yellow is high"
+    assert right[0][2] < left[0][2], "dark blue is low"
 
 
 def test_the_seed_decides_the_attack():

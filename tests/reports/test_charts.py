@@ -85,6 +85,14 @@ class TestLineChart:
         places = sorted(shown.values())
         assert min(b - a for a, b in itertools.pairwise(places)) > 40
 
+    def test_long_names_take_several_rows_of_the_legend(self):
+        name = "a model of a very long name, without a layer, seed 0"
+        root = parse(line_chart("t", [Line(name, [0], [0]), Line("b", [0], [0])], TICKS, "x"))
+        rows = [text for text in texts(root) if text and text in name and len(text) > 9]
+        assert len(rows) == 2
+        assert " ".join(rows) == name
+        assert float(root.get("viewBox", "").split()[3]) == HEIGHT + 3 * 20
+
     def test_chance_is_marked_where_it_belongs(self):
         lines = [Line("a", [0, 4], [0.25, 0.5])]
         root = parse(line_chart("t", lines, TICKS, "x", chance=0.25))
@@ -112,6 +120,11 @@ class TestBarChart:
         assert all(height > 5 for _, height in map(size, marks)), "a bar, not a line"
         assert all(min(y for _, y in corners(mark)) > HEIGHT for mark in marks), "below the chart"
         assert {"a", "b"} <= texts(root).keys()
+
+    def test_chance_is_marked_where_bars_are_accuracies(self):
+        groups = [("a", [0.2, 0.4])]
+        assert "chance: 10.0 %" in noted(parse(bar_chart("t", groups, [0, 0.5, 1.0], "x", chance=0.1)))
+        assert "chance" not in bar_chart("t", groups, [0, 0.5, 1.0], "x")
 
     def test_the_axis_reaches_just_beyond_the_largest(self):
         root = parse(bar_chart("t", [("a", [0.03, 0.05])], [0, 0.5, 1.0], "x"))

@@ -30,7 +30,7 @@ EVIDENCE: dict[str, Any] = {
     "masks": [
         {"site": "layer4", "edges": [0, 0.5, 1], "clean": [0.3, 0.7], "attacked": [0.4, 0.6], "saturated": 0.123}
     ],
-    "zero_gradients": {"images": 0.0},
+    "zero_gradients": {"images": 0.0, "mask_elements": 0.0456},
     "repeatable": {"logits": True, "attack": True},
     "findings": [{"level": "warning", "text": "suspect masking"}, {"level": "ok", "text": "all is well"}],
 }
@@ -79,11 +79,16 @@ def report(fgsm: str = "11100000", **changes: Any) -> Report:
     return Report(**{**values, **changes})
 
 
-def test_attacks_are_written_short():
-    detail = "PGD(norm='linf', eps=0.09803921568627451, steps=20, step_size=None, start_noise=None, restarts=1)"
-    page = render_page([Entry("x", report(attacks={"fgsm": detail}), {**EXAMPLES, "attack": detail})])
-    assert page.count("PGD(norm=&#39;linf&#39;, eps=0.09804, steps=20, restarts=1)") == 2
-    assert "None" not in page
+def test_attacks_are_told_in_words():
+    detail = "PGD(norm='linf', eps=0.03137254901960784, steps=20, step_size=None, start_noise=None, restarts=1)"
+    conditions = {"training": f"AT(label_smoothing=0.1), {detail}, 5 epochs"}
+    found = report(attacks={"fgsm": detail}, conditions=conditions)
+    text = words(render_page([Entry("x", found, {**EXAMPLES, "attack": detail})]))
+    assert "PGD (20 steps)" in text, "in the ball of the report, which stands above"
+    assert "Attacked by PGD (Linf 8/255, 20 steps)." in text
+    assert "AT (label smoothing 0.1), PGD (Linf 8/255, 20 steps), 5 epochs" in text
+    assert "None" not in text
+    assert "=" not in text
 
 
 class Skeleton(HTMLParser):
@@ -135,7 +140,7 @@ def test_pictures_are_in_the_page_or_nowhere():
 
 @pytest.mark.parametrize(("norm", "shown"), [("linf", "6.25/255"), ("l2", "0.02451")])
 def test_radii_on_the_axis_are_short(norm, shown):
-    eps = {"eps": [0.0, 6.25 / 255, 12.5 / 255, 25 / 255], "accuracy": [0.9, 0.4, 0.1, 0.0]}
+    eps = {"eps": [0.0, 6.25 / 255, 25 / 255], "accuracy": [0.9, 0.4, 0.0]}
     page = render_page([Entry("x", report(norm=norm, evidence={"images": 5, "eps": eps}))])
     assert f">{shown}</text>" in page
     assert "0.0245098" not in page
@@ -199,6 +204,7 @@ class TestOneModel:
             "my model",
             "Attacks",
             "Are the gradients honest?",
+            "Weaker and stronger attacks",
             "Loss surface",
             "Masks",
             "Examples",
@@ -217,6 +223,7 @@ class TestOneModel:
             "88.1 %",
             "37.1 %",
             "12.3 %",
+            "4.6 %",
             "0.1234",
             "91.0 %",
             "61.0 %",
@@ -236,7 +243,35 @@ class TestOneModel:
 
     def test_stages_say_what_each_broke(self):
         text = words(render_page([Entry("m", full())]))
-        assert "after correct newly broken first 50.0 % 2 square 25.0 % 2" in text
+        assert "after correct newly broken what it does first 50.0 % 2 x square 25.0 % 2 y" in text
+
+    def test_both_figures_of_the_masks_say_what_they_count(self):
+        text = words(render_page([Entry("m", full())]))
+        assert "within 0.01 of 0 or 1: nearly off or on, clean and attacked images together 12.3 %" in text
+        assert "within 0.0001 of 0 or 1: next to no gradient passes the mask, clean images 4.6 %" in text
+        older = dataclasses.replace(full(), evidence={**EVIDENCE, "zero_gradients": {"images": 0.0}})
+        assert "within 0.0001" not in words(render_page([Entry("m", older)]))
+
+    def test_each_mask_lies_over_its_image(self):
+        dots = {name: f"data:image/png;base64,{name}" for name in ("CLEAN", "ATTACKED", "MASK", "OTHER", "CHANGE")}
+        mask = {"site": "layer4", "clean": dots["MASK"], "attacked": dots["OTHER"], "difference": dots["CHANGE"]}
+        image = {**EXAMPLES["images"][0], "clean": dots["CLEAN"], "attacked": dots["ATTACKED"], "masks": [mask]}
+        page = render_page([Entry("m", report(), {**EXAMPLES, "images": [image]})])
+        laid = re.findall(
+            r'<div class="laid"><img src="[^"]*,(\w+)" alt=""><img src="[^"]*,(\w+)" alt="[^"]+"></div>', page
+        )
+        assert laid == [("CLEAN", "MASK"), ("ATTACKED", "OTHER"), ("ATTACKED", "CHANGE")]
+
+    def test_every_accuracy_that_is_drawn_has_its_chance(self):
+        page = render_page([Entry("m", full())])
+        drawn = re.findall(r'<svg class="(?:chart|share-bars)".*?</svg>', page, re.DOTALL)
+        masks = [drawing for drawing in drawn if "Mask values" in drawing]
+        assert len(masks) == 1, "which have no accuracies"
+        for drawing in drawn:
+            assert ("chance: 33.3 %" in drawing or "M33.3 -4V14" in drawing) == (drawing not in masks), drawing[:80]
+        assert len(drawn) == 3 + 1 + 1 + 3 + 1, "curves, masks, calibration, classes, corruptions"
+        unknown = dataclasses.replace(full(), labels=None, conditions={})
+        assert "guess" not in re.sub(r"<style>.*?</style>", "", render_page([Entry("m", unknown)]), flags=re.DOTALL)
 
     def test_nothing_is_fetched_and_nothing_runs(self):
         found = Checker(render_page([Entry("m", full(), EXAMPLES), Entry("n", report())]))
@@ -316,7 +351,7 @@ class TestSideBySide:
             trained(None, 0), trained("fsr", 0.9)
         )
         short, long = ({"data_fingerprint": "1", "training": f"AT(), {epochs} epochs"} for epochs in (5, 50))
-        assert "trained differently, the layer aside: training (AT(), 5 epochs and AT(), 50 epochs)." in page(
+        assert "trained differently, the layer aside: training (AT, 5 epochs and AT, 50 epochs)." in page(
             report(conditions=short), report(conditions=long)
         )
         assert "trained differently, the layer aside: training data (a and b)." in page(
@@ -327,6 +362,8 @@ class TestSideBySide:
         page = render_page([Entry("a", full()), Entry("b", full())])
         charts = re.findall(r'<svg class="chart".*?</svg>', page, re.DOTALL)
         lines = [chart.count("stroke-width: 2.5") for chart in charts]
+        alone = render_page([Entry("a", full()), Entry("b", report())])
+        assert alone.count('<svg class="chart"') == 3 + 1 + 1, "one line is no comparison"
         assert lines[:3] == [4, 4, 4], "two in the chart, two in the legend"
         assert lines.count(1) == 2 * 3, "each on its own"
 

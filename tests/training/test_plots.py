@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from support.runs import metrics, tiny
 
-from timm_fsr.training.results import plot_training
+from timm_fsr.training.curves import _figure, plot_training
 from timm_fsr.training.trainer import train
 
 SHORT = ["--data.limit_train=52", "--model.layer=null", "--evaluation.validation_steps=1", "--optim.epochs=1"]
@@ -21,6 +21,7 @@ NAMES = {
     "training images, clean": "train.clean_accuracy",
     "held-out images, clean": "held_out.clean_accuracy",
 }
+SIZE = (960, 1020)
 BROWN, BLUE = (0xB3, 0x54, 0x1E), (0x1F, 0x5F, 0x8B)
 
 Curves = dict[str, tuple[list[float], list[float]]]
@@ -60,8 +61,8 @@ def colours(path: Path) -> dict[tuple[int, int, int], int]:
     """How many pixels of a picture have each colour."""
     with Image.open(path) as picture:
         assert picture.format == "PNG"
-        assert picture.size == (900, 540)
-        return {colour: count for count, colour in picture.convert("RGB").getcolors(maxcolors=900 * 540)}
+        assert picture.size == SIZE
+        return {colour: count for count, colour in picture.convert("RGB").getcolors(maxcolors=SIZE[0] * SIZE[1])}
 
 
 def draw(lines: list[dict[str, float]], folder: Path, best_epoch: int = 1) -> dict[tuple[int, int, int], int]:
@@ -80,10 +81,27 @@ class TestCurves:
         assert found[BROWN] > 100
         assert found[BLUE] > 100
         assert curves.pop("kept: epoch 2") == ([2], [])
-        assert curves.keys() == NAMES.keys() - {"held-out images, one step"}
-        for label, (epochs, values) in curves.items():
+        accuracies = {label: curves.pop(label) for label in NAMES if label in curves}
+        assert accuracies.keys() == NAMES.keys() - {"held-out images, one step"}
+        for label, (epochs, values) in accuracies.items():
             assert epochs == [1, 2]
             assert values == [100 * one[NAMES[label]] for one in lines]
+        assert curves == {"adversarial loss": ([1, 2], [2.0, 2.0]), "learning rate": ([1, 2], [0.1, 0.1])}
+
+    def test_losses_add_up_to_their_total(self, tmp_path, curves):
+        lines = [{**line(epoch), "loss.fsr.separation": 0.5 * epoch} for epoch in (1, 2)]
+        draw(lines, tmp_path)
+        assert curves["adversarial loss"] == ([1, 2], [2.0, 2.0])
+        assert curves["fsr.separation loss"] == ([1, 2], [0.5, 1.0])
+        assert curves["total loss"] == ([1, 2], [2.5, 3.0])
+
+    def test_each_has_a_panel_over_the_same_epochs(self, tmp_path):
+        lines = [{**line(epoch, train__robust=0.3), "lr": 0.1 / epoch} for epoch in (1, 2, 3)]
+        panels = _figure(lines, "net", 2, 0.1).axes
+        assert [axes.get_ylabel() for axes in panels] == ["accuracy", "loss on training images", "learning rate"]
+        assert len({axes.get_xlim() for axes in panels}) == 1
+        assert panels[0].get_ylim() == (0, 100)
+        assert all(axes.get_ylim()[0] == 0 for axes in panels)
 
     def test_an_epoch_without_validation_has_no_point(self, tmp_path, curves):
         lines = [line(1, train__robust=0.1), line(2, train__robust=0.2, held_out__robust=0.5, held_out__one_step=1.0)]
@@ -96,7 +114,7 @@ class TestCurves:
     @pytest.mark.parametrize("lines", [[], [line(1)]], ids=["no epochs", "no accuracies"])
     def test_without_any_accuracy_it_still_works(self, tmp_path, curves, lines):
         found = draw(lines, tmp_path)
-        assert list(curves) == ["kept: epoch 1"]
+        assert curves.keys() == {"kept: epoch 1", *(["adversarial loss", "learning rate"] if lines else [])}
         assert BLUE not in found
 
     def test_it_takes_the_place_of_an_older_one(self, tmp_path):
@@ -111,4 +129,6 @@ class TestRun:
         (only,) = metrics(tmp_path)
         assert curves.pop("kept: epoch 1") == ([1], [])
         assert curves.pop("chance") == ([], [10.0])
+        assert curves.pop("learning rate") == ([1], [only["lr"]])
+        assert curves.pop("adversarial loss") == ([1], [only["loss.adversarial"]])
         assert curves == {label: ([1], [100 * only[name]]) for label, name in NAMES.items() if name in only}

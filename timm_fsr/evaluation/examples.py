@@ -21,6 +21,7 @@ from timm_fsr.models.pixel import as_pixel_model
 COUNT = 6
 
 _TILE, _GAP, _LINE = 112, 10, 15
+_STRENGTH = 0.62  # of a mask over its image
 _INK, _PAPER, _WRONG = (30, 30, 30), (255, 255, 255), (190, 30, 30)
 # Dark blue to yellow through green, readable also in grey and with any colour vision (after matplotlib's viridis).
 _RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
@@ -128,7 +129,7 @@ def attack_picture(
         seed: of the attack's random start.
 
     Returns:
-        The picture. Masks are means over channels, in [0, 1] from dark (non-robust) to bright (robust).
+        The picture. Masks are means over channels, from dark (non-robust) to bright (robust), over the image in grey.
 
     Raises:
         KeyError: no site of the model has a mask.
@@ -148,8 +149,9 @@ def attack_picture(
     rows = []
     for row in range(len(images)):
         masks = [(m[row] - low) / (high - low) for m in (clean_mask, attacked_mask)]
-        tiles = [photo(images[row]), photo(noise[row]), photo(adversarial[row]), *map(heat, masks)]
-        tiles.append(heat(shift[row] / (2 * largest) + 0.5))
+        tiles = [photo(images[row]), photo(noise[row]), photo(adversarial[row])]
+        tiles += [laid_over(images[row], masks[0]), laid_over(adversarial[row], masks[1])]
+        tiles.append(laid_over(adversarial[row], shift[row] / (2 * largest) + 0.5))
         truth, before, after = (int(t[row]) for t in (labels, clean_classes, attacked_classes))
         seen = [(f"seen as {classes[index]}", index == truth) for index in (before, after)]
         captions = [seen[0], ("", True), seen[1]]
@@ -157,7 +159,7 @@ def attack_picture(
     norm = getattr(attack, "norm", "linf")
     footer = (
         f"{type(attack).__name__}, {norm}, eps {attack.eps:.4g}; perturbation from -eps (black) to +eps (white);"
-        f"\nmasks, means over channels, from {low:.2f} (dark) to {high:.2f} (bright); "
+        f"\nmasks, means over channels, over the image in grey, from {low:.2f} (dark) to {high:.2f} (bright); "
         f"difference from {-largest:.2f} (dark) to {largest:+.2f} (bright)"
     )
     return _compose(titles, rows, footer)
@@ -203,6 +205,12 @@ def heat(values: Tensor, size: int | None = _TILE) -> Image.Image:
     share = (position - below)[..., None]
     colours = _RAMP[below] * (1 - share) + _RAMP[below + 1] * share
     return Image.fromarray(colours.round().astype(np.uint8))
+
+
+def laid_over(image: Tensor, mask: Tensor) -> Image.Image:
+    """A (h, w) mask in [0, 1] in colours over a (C, H, W) image in grey, as a tile."""
+    grey = photo(image.mean(dim=0, keepdim=True))
+    return Image.blend(grey, heat(mask), _STRENGTH)
 
 
 def _compose(

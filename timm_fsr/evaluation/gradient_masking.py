@@ -425,7 +425,7 @@ def _zero_gradients(subject: Subject) -> dict[str, Any]:
     if masks:
         values = torch.cat([mask.flatten() for mask in masks.values()])
         found["mask_elements"] = flat = _share(values * (1 - values) < _FLAT)
-        text = f"{100 * flat:.1f} % of the mask's elements are saturated and pass next to no gradient"
+        text = f"{100 * flat:.1f} % of the mask's elements are within {_FLAT:g} of 0 or 1 and pass next to no gradient"
         findings.append({"level": "note", "text": f"{text}; 'adaptive' attacks work around the mask"})
     return {**found, "findings": findings}
 

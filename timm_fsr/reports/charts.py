@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ if TYPE_CHECKING:  # loaded only when something is drawn: it takes a while
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 560, 300  # of a chart in a page, in CSS pixels
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 28, 14, 46
-_LEGEND_ROW = 20
+WIDTH, HEIGHT = 360, 240  # of a chart in a page, in CSS pixels: a telephone shows it at its size, a desk three in a row
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 30, 14, 46
+_LEGEND_ROW, _LEGEND_LETTERS, _LEGEND_MOST = 20, 38, 4  # of a name in the legend: longer ones take several rows
 _MOST_MARKS = 40  # a line of more points has none
 _DASHES = ((), (7, 4), (2, 4), (9, 3, 2, 3))  # so that lines differ without their colour too
 
@@ -84,24 +85,21 @@ def line_chart(
     """
     low, high = ticks[0][0], ticks[-1][0]
     with _style():
-        figure, axes = _chart(len(lines) if len(lines) > 1 else 0, x_label, top=1.0)
+        names = [_wrapped(line.name) for line in lines] if len(lines) > 1 else []
+        figure, axes = _chart(names, x_label, top=1.0)
         axes.set_xlim(low, high if high > low else low + 1)
         kept = _apart(ticks, axes.get_xlim())
         axes.set_xticks([x for x, _ in kept], [label for _, label in kept])
-        if chance is not None:
-            note = f"{_NOTE}chance: {100 * chance:.1f} %"
-            axes.axhline(chance, color=_QUIET, linewidth=1, linestyle=(0, (1, 3)), gid=note)
-            axes.annotate("chance", (0, chance), (0, 3), "axes fraction", "offset points", color=_QUIET)
+        _mark_chance(axes, chance)
         marks: list[Artist] = []
         for index, line in enumerate(lines):
             colour, dashes = _look(index, len(lines))
             style: Any = (0, dashes) if dashes else "-"
-            marks += axes.plot(line.x, line.y, color=colour, linestyle=style, linewidth=2.5, label=line.name)
+            marks += axes.plot(line.x, line.y, color=colour, linestyle=style, linewidth=2.5)
             for x, y in zip(line.x, line.y, strict=True) if len(line.x) <= _MOST_MARKS else ():
                 note = f"{_NOTE}{line.name}: {100 * y:.1f} % at {x:g}"
                 axes.plot([x], [y], "o", color=colour, markersize=7, gid=note)
-        if len(lines) > 1:
-            _legend(figure, marks)
+        _legend(figure, marks, names)
         return _inline(figure, title, "chart")
 
 
@@ -112,7 +110,12 @@ def _look(index: int, count: int) -> tuple[str, tuple[int, ...]]:
 
 
 def bar_chart(
-    title: str, groups: Sequence[tuple[str, Sequence[float | None]]], edges: Sequence[float], x_label: str
+    title: str,
+    groups: Sequence[tuple[str, Sequence[float | None]]],
+    edges: Sequence[float],
+    x_label: str,
+    *,
+    chance: float | None = None,
 ) -> Markup:
     """Shares in percent by bins of [0, 1], side by side for each group.
 
@@ -121,6 +124,7 @@ def bar_chart(
         groups: by name, one share for each bin, None for a bin without any.
         edges: of the bins, one more than there are bins.
         x_label: what the bins are of.
+        chance: the share that guessing reaches, marked by a thin line, where the bars are accuracies.
     """
     from matplotlib.patches import Patch
 
@@ -128,7 +132,8 @@ def bar_chart(
     top = next(step for step in (0.04, 0.08, 0.2, 0.4, 0.6, 0.8, 1.0) if step >= min(largest, 1.0))
     width = 0.94 / len(groups)  # bins have one width in the picture, whatever their edges
     with _style():
-        figure, axes = _chart(len(groups) if len(groups) > 1 else 0, x_label, top=top)
+        names = [_wrapped(name) for name, _ in groups] if len(groups) > 1 else []
+        figure, axes = _chart(names, x_label, top=top)
         axes.set_xlim(0, len(edges) - 1)
         labelled = [(index, f"{edge:g}") for index, edge in enumerate(edges) if abs(edge * 5 - round(edge * 5)) < 1e-9]
         kept = _apart(labelled, axes.get_xlim())
@@ -136,13 +141,13 @@ def bar_chart(
         marks: list[Artist] = []
         for index, (name, shares) in enumerate(groups):
             colour = _SERIES[index % len(_SERIES)]
-            marks.append(Patch(color=colour, label=name))
+            marks.append(Patch(color=colour))
             for number, share in enumerate(shares):
                 if share is not None:
                     note = f"{_NOTE}{name}: {100 * share:.1f} % from {edges[number]:.3g} to {edges[number + 1]:.3g}"
                     axes.bar(number + 0.03 + index * width, share, width, align="edge", color=colour, gid=note)
-        if len(groups) > 1:
-            _legend(figure, marks)
+        _mark_chance(axes, chance)
+        _legend(figure, marks, names)
         return _inline(figure, title, "chart")
 
 
@@ -187,13 +192,14 @@ def _style() -> Any:
     return matplotlib.rc_context(_STYLE)
 
 
-def _chart(names: int, x_label: str, *, top: float) -> tuple[Figure, Axes]:
-    """A figure with room for this number of series names, and axes whose vertical one goes from 0 to `top` percent."""
+def _chart(names: Sequence[str], x_label: str, *, top: float) -> tuple[Figure, Axes]:
+    """A figure with room for a legend of these names, and axes whose vertical one goes from 0 to `top` percent."""
     from matplotlib.ticker import PercentFormatter
 
-    height = HEIGHT + _LEGEND_ROW * names
+    legend = _LEGEND_ROW * sum(1 + name.count("\n") for name in names)
+    height = HEIGHT + legend
     figure = new_figure(WIDTH / 72, height / 72, layout=None)
-    below = _BOTTOM + _LEGEND_ROW * names
+    below = _BOTTOM + legend
     size = (WIDTH - _LEFT - _RIGHT) / WIDTH, (HEIGHT - _TOP - _BOTTOM) / height
     axes = figure.add_axes((_LEFT / WIDTH, below / height, *size), facecolor="none")
     axes.set_ylim(0, top)
@@ -217,10 +223,26 @@ def _apart(ticks: Sequence[tuple[float, str]], limits: tuple[float, float]) -> l
     return kept[::-1]
 
 
-def _legend(figure: Figure, marks: Sequence[Artist]) -> None:
-    """The names of the series below the chart, each beside its mark."""
+def _mark_chance(axes: Axes, chance: float | None) -> None:
+    """A thin line at the share that guessing reaches."""
+    if chance is not None and chance <= axes.get_ylim()[1]:
+        note = f"{_NOTE}chance: {100 * chance:.1f} %"
+        axes.axhline(chance, color=_QUIET, linewidth=1, linestyle=(0, (1, 3)), gid=note)
+        axes.annotate("chance", (0, chance), (0, 3), "axes fraction", "offset points", color=_QUIET)
+
+
+def _wrapped(name: str) -> str:
+    """A name on as many lines as the legend needs for it."""
+    return "\n".join(textwrap.wrap(name, _LEGEND_LETTERS, replace_whitespace=False)[:_LEGEND_MOST]) or name
+
+
+def _legend(figure: Figure, marks: Sequence[Artist], names: Sequence[str]) -> None:
+    """The names of the series below the chart, each beside its mark; none where there is one series."""
+    if not names:
+        return
     figure.legend(
-        handles=marks,
+        marks,
+        names,
         loc="lower left",
         frameon=False,
         labelcolor=_QUIET,

@@ -13,9 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from timm_fsr.reports.charts import Line, bar_chart, heat_map, line_chart
 from timm_fsr.reports.comparison import differences, listed, mcnemar
 from timm_fsr.reports.report import SCHEMA_VERSION, WORST_CASE, Report, format_eps
+from timm_fsr.reports.wording import in_words, stages_in_words
 
 _SHOWN_CLASSES = 20  # of more than these the best and the worst are shown
 _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")  # others would be fetched from somewhere
+_FEW_COLUMNS = 3  # models that stand side by side on a wide screen; more are stacked on any
 _HIDDEN = ("classes", "autoattack_nonstandard", "recipe")  # conditions that are shown elsewhere, or are too long
 
 
@@ -56,6 +58,7 @@ def render_page(entries: Sequence[Entry]) -> str:
     environment.filters["anchor"] = lambda index: f"model-{index}"
     return environment.get_template("report.html").render(
         title=", ".join(entry.title for entry in entries),
+        heading=entries[0].title if len(entries) == 1 else f"{len(entries)} models side by side",
         models=[_model(entry) for entry in entries],
         comparison=_comparison(entries) if len(entries) > 1 else None,
         schema_version=SCHEMA_VERSION,
@@ -74,15 +77,17 @@ def _model(entry: Entry) -> dict[str, Any]:
         "collapsed": report.collapsed,
         "notes": [note for note in report.notes if note != report.collapsed],
         "upper_bound": report.upper_bound.removeprefix("upper bound: "),
+        "chance": _chance([entry]),
         "curves": _curves([entry]),
         "noise": _noise(report.evidence),
         "surfaces": _surfaces(report.evidence),
         "masks": _masks(report.evidence),
+        "flat": report.evidence.get("zero_gradients", {}).get("mask_elements"),
         "findings": report.evidence.get("findings", []),
         "examples": entry.examples,
-        "example_attack": _short(entry.examples.get("attack", "")),
+        "example_attack": in_words(str(entry.examples.get("attack", ""))),
         "classes": _classes(report),
-        "calibration": _calibration(report),
+        "calibration": _calibration(report, _chance([entry])),
         "corruptions": _corruptions(report),
         "conditions": _conditions(report),
     }
@@ -91,15 +96,19 @@ def _model(entry: Entry) -> dict[str, Any]:
 def _row(report: Report, name: str) -> dict[str, Any]:
     """A line of the table of attacks, with the stages of an attack that has several."""
     low, high = report.interval(name)
+    threat, detail = (report.norm, report.eps), report.attacks.get(name, "")
+    known = report.stages.get(name, {})
+    told = stages_in_words(detail, list(known), threat)
     stages = []
     before = report.correct["clean"]
-    for key, flags in report.stages.get(name, {}).items():
+    for key, flags in known.items():
         broken = int((before & ~flags).sum())
-        stages.append({"name": key, "accuracy": int(flags.sum()) / report.count, "broken": broken})
+        accuracy = int(flags.sum()) / report.count
+        stages.append({"name": key, "accuracy": accuracy, "broken": broken, "detail": told.get(key, "")})
         before = flags
     return {
         "name": name.replace("_", " "),
-        "detail": _short(report.attacks.get(name, "")),
+        "detail": "" if told else in_words(detail, threat),
         "accuracy": report.accuracy_of(name),
         "low": low,
         "high": high,
@@ -107,19 +116,18 @@ def _row(report: Report, name: str) -> dict[str, Any]:
     }
 
 
-def _short(detail: str) -> str:
-    """An attack written out, without what it leaves at None and without more digits than can be read."""
-    rounded = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4g}", detail)
-    return re.sub(r", \w+=None\b|\b\w+=None, ", "", rounded)
+def _chance(entries: Sequence[Entry]) -> float | None:
+    """The accuracy of guessing, if it is known and the same for all."""
+    classes = {entry.report.num_classes or 0 for entry in entries}
+    return 1 / max(classes) if len(classes) == 1 and max(classes) else None
 
 
-def _curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Robust accuracy over eps, steps and restarts, one line for each model that has them."""
+def _curves(entries: Sequence[Entry], fewest: int = 1) -> list[dict[str, Any]]:
+    """Robust accuracy over eps, steps and restarts, one line for each model, where at least `fewest` have them."""
     with_eps = [(e.title, e.report.evidence["eps"]) for e in entries if "eps" in e.report.evidence]
     charts = []
-    classes = {entry.report.num_classes or 0 for entry in entries}
-    chance = 1 / max(classes) if len(classes) == 1 and max(classes) else None
-    if with_eps:
+    chance = _chance(entries)
+    if len(with_eps) >= fewest:
         radii = sorted({radius for _, found in with_eps for radius in found["eps"]})
         place = {radius: math.sqrt(radius) for radius in radii}  # small radii are many, large ones few
         lines = [Line(name, [place[r] for r in found["eps"]], found["accuracy"]) for name, found in with_eps]
@@ -134,7 +142,7 @@ def _curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     }
     for key, (title, label, text) in sentences.items():
         found = [(e.title, e.report.evidence[key]) for e in entries if key in e.report.evidence]
-        if found:
+        if len(found) >= fewest:
             numbers = sorted({number for _, one in found for number in one[key]})
             lines = [Line(name, [numbers.index(n) for n in one[key]], one["accuracy"]) for name, one in found]
             ticks = [(index, str(number)) for index, number in enumerate(numbers)]
@@ -196,22 +204,22 @@ def _classes(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
-def _calibration(report: Report) -> dict[str, Any] | None:
+def _calibration(report: Report, chance: float | None) -> dict[str, Any] | None:
     found = report.calibration.get("clean")
     if not found:
         return None
     bins = found["bins"]
     edges = [index / len(bins["count"]) for index in range(len(bins["count"]) + 1)]
     groups = [("confidence", bins["confidence"]), ("accuracy", bins["accuracy"])]
-    chart = bar_chart("Confidence and accuracy by bins of confidence", groups, edges, "confidence")
+    chart = bar_chart("Confidence and accuracy by bins of confidence", groups, edges, "confidence", chance=chance)
     return {"values": {k: v for k, v in found.items() if k != "bins"}, "chart": chart}
 
 
 def _corruptions(report: Report) -> list[dict[str, Any]]:
     rows = []
     for kind, found in report.corruptions.items():
-        levels = [found[level] for level in sorted(found, key=int)]
-        rows.append({"name": kind.replace("_", " "), "levels": levels, "mean": sum(levels) / len(levels)})
+        levels = [(level, found[level]) for level in sorted(found, key=int)]
+        rows.append({"name": kind.replace("_", " "), "levels": levels, "mean": sum(found.values()) / len(found)})
     return rows
 
 
@@ -221,6 +229,7 @@ def _conditions(report: Report) -> list[tuple[str, str]]:
     for key, value in report.conditions.items():
         if key in _HIDDEN or value in ("", None):
             continue
+        value = in_words(value) if key == "training" and isinstance(value, str) else value
         nested = value.items() if isinstance(value, Mapping) else [("", value)]
         flat += [(f"{key} {inner}".replace("_", " ").strip(), str(shown)) for inner, shown in nested]
     return flat
@@ -242,7 +251,8 @@ def _comparison(entries: Sequence[Entry]) -> dict[str, Any]:
         "rows": rows,
         "sentences": [_sentence(entries[0], entry) for entry in entries[1:]],
         "warnings": _warnings(entries),
-        "curves": _curves(entries),
+        "curves": _curves(entries, fewest=2),
+        "stacked": len(entries) > _FEW_COLUMNS,
         "missing": sorted({n for e in entries for n in e.report.correct} - set(names)),
     }
 
@@ -287,7 +297,7 @@ def _trained_otherwise(one: Report, other: Report) -> str:
     recipes = [conditions.get("recipe") for conditions in (ours, theirs)]
     keys = ["training_data", "checkpoint_rule", *([] if all(recipes) else ["training"])]  # which recipes tell better
     said = {
-        key.replace("_", " "): (ours[key], theirs[key])
+        key.replace("_", " "): (in_words(str(ours[key])), in_words(str(theirs[key])))
         for key in keys
         if key in ours and key in theirs and ours[key] != theirs[key]
     }

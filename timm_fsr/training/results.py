@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +16,12 @@ from timm_fsr.evaluation.display import evaluation_display
 from timm_fsr.evaluation.evaluator import evaluate
 from timm_fsr.evaluation.inference import BATCH_SIZE, hardware
 from timm_fsr.models.saving import load, save_pretrained
-from timm_fsr.reports.charts import new_figure, save_png
+from timm_fsr.training.curves import plot_training
 from timm_fsr.training.metrics import read_metrics
 from timm_fsr.training.objectives.base import Objective
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.state import Progress
 from timm_fsr.utils.registry import is_file_name
-
-_CURVES = {
-    "train.robust_accuracy": ("training images, attacked", "#b3541e", "-"),
-    "held_out.robust_accuracy": ("held-out images, attacked", "#1f5f8b", "-"),
-    "held_out.one_step_accuracy": ("held-out images, one step", "#1f5f8b", ":"),
-    "train.clean_accuracy": ("training images, clean", "#b3541e", "--"),
-    "held_out.clean_accuracy": ("held-out images, clean", "#1f5f8b", "--"),
-}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -131,34 +122,3 @@ def _attack_label(run: FinishedRun) -> str:
     """The validation attack as it is written: "PGD-10"."""
     options = run.recipe.evaluation
     return f"{options.validation_attack.upper()}-{options.validation_steps}"
-
-
-def plot_training(
-    metrics: Sequence[dict[str, float]], path: Path, *, title: str, best_epoch: int, chance: float | None = None
-) -> None:
-    """Draw accuracies over epochs as a PNG: a growing gap between the attacked curves is robust overfitting.
-
-    Args:
-        metrics: one dictionary per epoch, as in `metrics.jsonl`.
-        path: of the picture.
-        title: above it.
-        best_epoch: is marked, as the one whose model was kept.
-        chance: the accuracy of guessing, in [0, 1]; is marked too.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(7.5, 4.5)
-    axes = figure.add_subplot()
-    for name, (label, colour, style) in _CURVES.items():
-        points = [(line["epoch"], 100 * line[name]) for line in metrics if name in line]
-        if points:
-            epochs, values = zip(*points, strict=True)
-            axes.plot(epochs, values, style, color=colour, label=label, marker="o", markersize=3)
-    axes.axvline(best_epoch, color="#777777", linewidth=1, label=f"kept: epoch {best_epoch}")
-    if chance is not None:
-        axes.axhline(100 * chance, color="#777777", linewidth=1, linestyle=":", label="chance")
-    axes.set(xlabel="epoch", ylabel="accuracy in %", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    save_png(figure, path)

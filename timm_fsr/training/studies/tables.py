@@ -85,6 +85,7 @@ def row(entry: Entry, reports: Mapping[Entry, Report], against: Sequence[str], o
         "training_seconds": round(seconds, 1),
         "images": report.count,
         "collapsed": report.collapsed,
+        "chance": round(1 / report.num_classes, 4) if report.num_classes else None,
         "accuracy": {name: round(accuracy[name], 4) for name in COLUMNS if name in accuracy},
         "interval_95": [round(bound, 4) for bound in report.interval(WORST_CASE)],
         "against": {method: pair(entry, method, reports) for method in against},
@@ -194,6 +195,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         marker = {OWN: "o", SAME: "s"}[place]
         name = method if entry_of(mine[0]).layer is None else f"{method}, {place} place"
         axes.errorbar(cost, robust, yerr=errors, fmt=marker, color=f"C{index % 10}", capsize=3, label=name)
+    for chance in {one["chance"] for one in rows if one.get("chance")}:  # rows of an older version lack it
+        axes.axhline(100 * chance, color="#777777", linewidth=1, linestyle=":", label="chance")
     axes.set_xlabel("training time, relative to the plain network")
     axes.set_ylabel("worst-case robust accuracy, % (95 % interval)")
     axes.grid(alpha=0.3)
