@@ -310,6 +310,7 @@ class TestYAML:
             milestones=[1, 2.5],
             gamma=0.2,
             warmup=0.1,
+            freeze=2,
             clip_grad=1.0,
             ema_decay=0.99,
             ema_warmup=True,
