@@ -106,13 +106,11 @@ class TestDamage:
         config = json.loads((save(tmp_path) / "config.json").read_text())
         config["pretrained_cfg"]["input_size"] = given
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(
-            ValueError, match=r"damaged: it lacks pretrained_cfg\.input_size as numbers; save the model"
-        ):
+        with pytest.raises(ValueError, match=r"damaged .*pretrained_cfg\.input_size.*save the model again"):
             read_bundle(tmp_path)
 
     @pytest.mark.parametrize("change", ['"pretrained_cfg": 3', '"model_args": []', '"pretrained_cfg": {"mean": [0.0]}'])
     def test_a_configuration_of_another_form(self, tmp_path, change):
         (save(tmp_path) / "config.json").write_text(f'{{"architecture": "resnet18", {change}}}')
-        with pytest.raises(ValueError, match=r"config\.json is damaged: it lacks .*save the model again"):
+        with pytest.raises(ValueError, match=r"config\.json is damaged.*save the model again"):
             read_bundle(tmp_path)

@@ -116,18 +116,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
     given = config.get("pretrained_cfg")
     pretrained_cfg = given if isinstance(given, dict) else {}
-    needed = ("input_size", "mean", "std")
-    lacks = [f"pretrained_cfg.{key} as numbers" for key in needed if not _are_numbers(pretrained_cfg.get(key))]
-    if not lacks and len(pretrained_cfg["input_size"]) != 3:
-        lacks.append("three numbers in pretrained_cfg.input_size")
+    lacks = [f"pretrained_cfg.{key}" for key in ("input_size", "mean", "std") if not pretrained_cfg.get(key)]
     if not isinstance(config.get("model_args", {}), dict):
         lacks.append("model_args as keys and values")
     if lacks:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(lacks)}; save the model again")
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(entry, (int, float)) for entry in value)
 
 
 def _check_recipe(recipe: Mapping[str, Any], path: Path) -> None:
