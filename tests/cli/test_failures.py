@@ -263,3 +263,10 @@ def test_weights_of_other_arguments_are_evaluated_with_these(tmp_path, capsys):
     for wrong in ("fsr_hidden", "pretrained=true", "fsr_hidden=[4"):
         assert "--model-args" in error_of([*command, "--model-args", wrong], capsys)
     assert main([*command, "--model-args", "fsr_hidden=4", "in_chans=1"]) == 0
+
+
+def test_an_error_that_is_its_own_cause_is_told_too(capsys):
+    """`raise error from error` makes one, and a search among causes must end."""
+    error = ValueError("taken")
+    error.__cause__ = error
+    assert said(error, capsys)[1] == "timm-fsr train: error: taken"

@@ -28,7 +28,9 @@ def unknown(what: str, given: str, known: list[str]) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or one that caused it, says that the memory of the machine or of a GPU is full."""
     found: BaseException | None = error
-    while found is not None:
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:  # an error that is kept and raised again may cause itself
+        seen.add(id(found))
         text = str(found).lower()
         if isinstance(found, MemoryError) or (  # torch.OutOfMemoryError is a RuntimeError
             isinstance(found, RuntimeError)
