@@ -250,7 +250,7 @@ def test_a_folder_as_people_have_it(place, tmp_path, capsys):
     assert main(common) == 2
     error = capsys.readouterr().err
     assert "[train] has 1 image that cannot be used" in error
-    assert f"{tmp_path}/data/Training/class 9/1.png (not an image); replace them, or set data.on_error=skip" in error
+    assert f"{tmp_path}/data/Training/class 9/1.png (not an image); replace them, or set --data.on_error=skip" in error
     (tmp_path / "data" / "Training" / "class 9" / "1.png").unlink()
     assert main(common) == 2, "what the final evaluation would meet is known before the training"
     error = capsys.readouterr().err
@@ -347,7 +347,7 @@ def test_a_size_that_a_network_does_not_take(place, tmp_path, capsys, name):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "does not take images of 3x16x16" in error
-    assert "set data.size to a side that it takes" in error
+    assert "set --data.size to a side that it takes" in error
 
 
 def test_a_published_model_knows_the_same(place, best, hub, client, repo, tmp_path):

@@ -51,7 +51,7 @@ class TestWhatAReaderHasToKnow:
         judged = judged_data(Brightness(3, KNOWN), data)
         assert (judged.notes, judged.conditions["skipped_images"]) == (("one was broken",), 1)
         report = timm_fsr.evaluate(Brightness(3, KNOWN), data, attacks=[])
-        assert report.notes == ("one was broken",)
+        assert "one was broken" in report.notes
         assert report.conditions["skipped_images"] == 1
 
     def test_of_a_crop_that_the_model_had_in_training(self):

@@ -291,7 +291,12 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 class TestCost:
     def test_the_table_has_what_the_script_counts(self, cost):
         rows = re.findall(r"^\| `([\w.]+)` \|.* (\S+) FLOP \|", TestDocumentation.TEXT, re.MULTILINE)
-        assert {name for name, _ in rows} == {path.name for path in RECIPES} - {"cifar100.yaml", f"{NEEDS_MODEL}.yaml"}
+        counted = {name for name, _ in rows}
+        uncounted = {
+            path.name for path in RECIPES if path.name not in counted and "# cost: measured" not in path.read_text()
+        }
+        assert uncounted == {"cifar100.yaml", f"{NEEDS_MODEL}.yaml"}
+        assert len(counted) > 15
         for name, flops in rows:
             counted = cost.training_flops(Recipe.load(FOLDER / name, ["--model.pretrained=false"]))
             assert float(flops) == float(f"{counted:.1e}"), name

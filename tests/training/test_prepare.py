@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from support.runs import metrics, tiny
 
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.models.saving import load
 from timm_fsr.training.accelerator import build_accelerator
-from timm_fsr.training.options import DataOptions
-from timm_fsr.training.prepare import cautions
+from timm_fsr.training.prepare import cautions, read_images
 from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.trainer import Trainer, train
 from timm_fsr.utils import memory
@@ -64,16 +65,6 @@ class TestRefused:
             train(tiny(tmp_path / "new", *flags))
         assert not (tmp_path / "new").exists()
 
-    def test_test_images_of_another_size(self, tmp_path, monkeypatch):
-        original = DataOptions.build_test
-
-        def larger(self: DataOptions, *args: Any, **kwargs: Any) -> Any:
-            return original(dataclasses.replace(self, size=40), *args, **kwargs)
-
-        monkeypatch.setattr(DataOptions, "build_test", larger)
-        with pytest.raises(ValueError, match=r"test images are 1x40x40 but the training images 1x28x28; set"):
-            train(tiny(tmp_path))
-
     def test_first_weights_that_are_nan(self, tmp_path, monkeypatch):
         def broken(*args: Any, **kwargs: Any) -> Any:
             model = load(*args, **kwargs)
@@ -119,6 +110,22 @@ class TestRefused:
 )
 def test_what_can_work_is_prepared(tmp_path, flags):
     prepared(tmp_path, *flags)
+
+
+@pytest.mark.parametrize(("side", "said"), [(12, True), (16, False)])
+def test_test_images_of_another_size_are_scaled_and_it_is_said(tmp_path, side, said):
+    for split, pixels in (("train", 16), ("test", side)):
+        for label in ("ant", "owl"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for number in range(20):
+                Image.new("L", (pixels, pixels), number).save(tmp_path / split / label / f"{number}.png")
+    flags = [f"--data.source={tmp_path}", "--data.limit_train=null", "--data.held_out=4", "--optim.batch_size=8"]
+    recipe, printed = tiny(tmp_path / "out", *flags), io.StringIO()
+    data, _, _ = read_images(recipe, build_accelerator(recipe), Console(file=printed, width=200))
+    test = recipe.data.build_test(data.classes, progress=False, image_size=data.image_size)
+    assert test.image_size == data.image_size == (1, 16, 16)
+    sentence = "the first test image is 1x12x12 but the first training image 1x16x16: test images are scaled"
+    assert (sentence in printed.getvalue()) is said
 
 
 def test_looking_changes_nothing(tmp_path):

@@ -56,7 +56,7 @@ def read_images(recipe: Recipe, accelerator: Accelerator, console: Console) -> t
     extra = recipe.data.build_extra(data.classes, data.image_size, progress=progress)
     for note in (*data.notes, *(() if extra is None else extra.notes)):
         console.print(note)
-    _check_test_split(recipe, data)
+    _check_test_split(recipe, data, console)
     return data.to(device), None if extra is None else extra.to(device), held_out.to(device)
 
 
@@ -271,8 +271,11 @@ def _input_side(recipe: Recipe) -> tuple[int, int] | None:
     return tuple(size[1:]) if size else None
 
 
-def _check_test_split(recipe: Recipe, data: Images) -> None:
-    """Open the test images that the final report needs; ValueError if they are missing or of another kind."""
+def _check_test_split(recipe: Recipe, data: Images, console: Console) -> None:
+    """Open the test images that the final report needs; ValueError if they are missing or of another kind.
+
+    It is said if they have another size than the training images, whose size they get.
+    """
     if not recipe.evaluation.attacks:
         return
     options = recipe.data
@@ -289,10 +292,13 @@ def _check_test_split(recipe: Recipe, data: Images) -> None:
             f"the test images have {one.image_size[0]} channels but the training images {data.image_size[0]}; set "
             "data.channels"
         )
-    if one.image_size != data.image_size:
-        raise ValueError(
-            f"the test images are {size_text(one.image_size)} but the training images {size_text(data.image_size)}; "
-            "set data.size to the side that both get"
+    of_test, of_training = (images.stored if isinstance(images, ImageData) else None for images in (one, data))
+    if of_test is None or of_training is None or of_training[1:] != data.image_size[1:]:  # all are scaled
+        return
+    if of_test[1:] != of_training[1:]:
+        console.print(
+            f"the first test image is {size_text(of_test)} but the first training image {size_text(of_training)}: test "
+            "images are scaled and centre-cropped to the size of the training images"
         )
 
 
