@@ -11,6 +11,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as timm_fsr does, which is imported after torch here
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,13 @@ from support.hub_server import HubServer
 from support.hub_tools import Client, save
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in jobs that a script puts into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: once compiled code was differentiated, autograd has threads, which no fork has."""
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "debug_launcher"))
 
 
 @pytest.fixture(params=TINY_BACKBONES, ids=lambda backbone: backbone.id)

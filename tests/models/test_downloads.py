@@ -180,13 +180,13 @@ def test_fine_tuning_a_published_model(hub, client, repo, saved, tmp_path):
     client.do("push", str(saved), repo)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (40, 32, 32, 3), np.uint8)
-    np.savez(tmp_path / "train.npz", image=pixels, label=np.arange(40) % 3)
+    np.savez(tmp_path / "train_and_test.npz", image=pixels, label=np.arange(40) % 3)
     run = tmp_path / "run"
     line = re.search(r"^timm-fsr train .*hf-hub:user/name.*$", (ROOT / "docs" / "hub.md").read_text(), re.MULTILINE)[0]
-    line = line.replace("user/name", repo).replace("FOLDER", str(tmp_path / "train.npz"))
+    line = line.replace("user/name", repo).replace("FOLDER", str(tmp_path / "train_and_test.npz"))
     flags = {
         "output": run,
-        "data.test_split": "train",
+        "data.test_split": "train_and_test",
         "data.held_out": 8,
         "optim.epochs": 1,
         "optim.batch_size": 16,

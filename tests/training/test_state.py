@@ -27,6 +27,7 @@ FREE = {
     "checkpoint.keep": "9",
     "data.source": "other.parquet",
     "data.workers": "3",
+    "data.on_error": "skip",
     "data.extra_source": "elsewhere.npz",
     "evaluation.attacks": "[pgd7]",
     "optim.nonfinite": "skip",
