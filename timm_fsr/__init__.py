@@ -5,6 +5,7 @@ imported already, else when it is. The public names are imported when they are f
 none of them.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -164,4 +165,12 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def _register_in_transformers() -> None:
+    """Let transformers find our models; an older one than they work with goes on without them."""
+    with suppress(ImportError):
+        import_module("timm_fsr.models.for_transformers")
+
+
 when_imported("timm", lambda: import_module("timm_fsr.models.variants"))
+for _place in ("modeling_auto", "image_processing_auto"):  # where it looks classes up; imported where they are used
+    when_imported(f"transformers.models.auto.{_place}", _register_in_transformers)

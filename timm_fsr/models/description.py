@@ -34,11 +34,20 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
         model: a timm model, or a wrapper of one.
     """
     model = base_model(model)
-    names = pretrained_cfg_of(model).get("label_names")
-    if isinstance(names, Mapping):  # timm knows this form too: by number
+    found = numbered_names(pretrained_cfg_of(model).get("label_names"))
+    return found if found and len(found) == getattr(model, "num_classes", len(found)) else None
+
+
+def numbered_names(names: object) -> tuple[str, ...] | None:
+    """Names of classes in the order of their numbers, from either of timm's forms; None if there are none.
+
+    Args:
+        names: `label_names` of a configuration, a list or a dictionary by number.
+    """
+    if isinstance(names, Mapping):
         numbered = {int(number): name for number, name in names.items() if str(number).isdigit()}
         names = [numbered[number] for number in range(len(numbered)) if number in numbered]
-    if not names or isinstance(names, str) or len(names) != getattr(model, "num_classes", len(names)):
+    if not names or not isinstance(names, (list, tuple)):
         return None
     found = tuple(map(str, names))
     return found if len(set(found)) == len(found) else None

@@ -29,7 +29,7 @@ class PixelModel(nn.Module):
         self.model = model
         config = pretrained_cfg_of(model)
         channels = getattr(model, "in_chans", None) or (config.get("input_size") or (3,))[0]
-        mean, std = (_per_channel(config.get(key, default), channels, key) for key, default in _PLAIN.items())
+        mean, std = (per_channel(config.get(key, default), channels, key) for key, default in _PLAIN.items())
         if not (std > 0).all():  # also true for NaN
             raise ValueError(
                 f"pretrained_cfg['std'] must be positive to divide by, but it is {std.tolist()}; correct it"
@@ -61,7 +61,17 @@ def mean_and_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(pixel.mean.flatten().tolist()), tuple(pixel.std.flatten().tolist())
 
 
-def _per_channel(values: object, channels: int, key: str) -> Tensor:
+def per_channel(values: object, channels: int, key: str) -> Tensor:
+    """The mean or std of a configuration, a float32 tensor (channels,).
+
+    Args:
+        values: one for each channel of the source of the weights, or one for all.
+        channels: that the model takes.
+        key: "mean" or "std", for the message.
+
+    Raises:
+        ValueError: there are others than that.
+    """
     tensor = torch.as_tensor(values, dtype=torch.float32).flatten()
     if tensor.numel() == channels:
         return tensor

@@ -8,7 +8,7 @@ import pickle
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from timm_fsr.layers import LAYERS, list_layers
 from timm_fsr.models.description import class_names, forget_other_classes
 from timm_fsr.models.pixel import base_model
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT, list_pretrained
+from timm_fsr.models.remote_code import ENTRIES, MODELLING, modelling_code
 from timm_fsr.models.weight_files import load_weight_file
 from timm_fsr.models.weights import (
     CONFIG,
@@ -84,6 +85,8 @@ def save_pretrained(
 ) -> Path:
     """Save a model as `config.json` and `model.safetensors`, with every feature-layer argument written out.
 
+    Beside them stands `modeling_timm_fsr.py`, by which transformers loads the same folder.
+
     Args:
         model: a timm model made by `timm.create_model`, with feature layers or without, or a PixelModel of one.
         folder: made if missing; files of these names in it are replaced, each atomically, when all are written.
@@ -120,21 +123,18 @@ def save_pretrained(
             save_file(tensors if dtype is None else halved(tensors, dtype), scratch / WEIGHTS)
             stored = None if dtype is None else str(dtype).removeprefix("torch.")
             record = {**make_record(scratch / WEIGHTS, stored, _imports(model)), **_provenance(model, license)}
-            config: dict[str, Any] = {RECORD: record}
+            config: dict[str, Any] = {RECORD: record, **ENTRIES}
             if class_names(model) is not None:  # timm drops the names where the source of the weights had other classes
                 config["pretrained_cfg"] = {"num_classes": model.num_classes}
             save_config_for_hf(model, str(scratch / CONFIG), model_config=config)
             _settle_license(scratch / CONFIG)
             shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)  # safetensors lets nobody else read what it writes
+            (scratch / MODELLING).write_bytes(modelling_code())
             if report is not None:
                 (scratch / REPORT).write_text(report.to_json())
             if written:
                 (scratch / RECIPE).write_text(written, encoding="utf-8")
-        stale = [name for name, content in ((REPORT, report), (RECIPE, written)) if not content]
-        if _is_card(folder / CARD):
-            stale.append(CARD)
-        for name in stale:
-            (folder / name).unlink(missing_ok=True)  # it is about other weights
+        remove_stale(folder, kept=[name for name, content in ((REPORT, report), (RECIPE, written)) if content])
     finally:
         if original is not None:
             model._model_args = original
@@ -328,7 +328,7 @@ def resolve(name: str) -> str:
         return name
     path = Path(name.removeprefix(FOLDER))
     if name.startswith(FOLDER) or path.is_dir():
-        _check_architecture(read_config(path), str(path / CONFIG))
+        check_architecture(read_config(path), str(path / CONFIG))
         return f"{FOLDER}{path}"
     if path.is_file():
         raise ValueError(
@@ -371,14 +371,22 @@ def _checked(name: str, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
     path = Path(download_from_hf(name, CONFIG, cache_dir=cache_dir))
     source = f"{HUB}{name}"
     config = read_config(path.parent, source)
-    _check_architecture(config, source)
+    check_architecture(config, source)
     commit = f"{hf_split(name)[0]}@{path.parent.name}"
     verify_hub(commit, cache_dir)
     return commit, config
 
 
-def _check_architecture(config: Mapping[str, Any], source: str) -> None:
-    """Refuse a configuration of no architecture, or of an unknown one."""
+def check_architecture(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a configuration of no architecture, or of an unknown one.
+
+    Args:
+        config: content of `config.json`.
+        source: what the user calls the model.
+
+    Raises:
+        ValueError: the message says what may be missing.
+    """
     architecture = config.get("architecture")
     if not isinstance(architecture, str):
         raise damaged(source, f"its architecture is {architecture!r}")
@@ -474,6 +482,19 @@ def _imports(model: nn.Module) -> list[str]:
     """What must be imported before the model's layer is known; files by name only."""
     origins = [LAYERS.origin(site.layer.name) for group in layer_groups(model) for site in group.sites]
     return list(dict.fromkeys(Path(origin).name for origin in origins if origin))
+
+
+def remove_stale(folder: Path, kept: Sequence[str] = ()) -> None:
+    """Remove the report, recipe and card of a folder whose weights were replaced, for they are about others.
+
+    Args:
+        folder: of the saved model.
+        kept: those that were written with the new weights.
+    """
+    for name in {REPORT, RECIPE} - set(kept):
+        (folder / name).unlink(missing_ok=True)
+    if _is_card(folder / CARD):
+        (folder / CARD).unlink()
 
 
 def _is_card(path: Path) -> bool:

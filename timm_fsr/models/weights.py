@@ -25,6 +25,7 @@ from timm.models._hub import hf_split
 from torch import Tensor, nn
 
 from timm_fsr.layers import FeatureLayer
+from timm_fsr.models.remote_code import OUR_CLASS
 from timm_fsr.utils.documents import read_json
 from timm_fsr.utils.files import file_digest
 from timm_fsr.version import __version__
@@ -86,6 +87,16 @@ def read_config(folder: str | Path, source: str | None = None) -> dict[str, Any]
         raise damaged(source, "it holds no keys and values")
     check_record(config, source)
     _check_values(config, source)
+    return _without_stale_record(config)
+
+
+def _without_stale_record(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what it notes of weights that transformers has replaced since.
+
+    transformers' own classes copy our record to the weights that they write, and name themselves. Ours note new weights.
+    """
+    if RECORD in config and config.get("architectures", [OUR_CLASS]) != [OUR_CLASS]:
+        config[RECORD] = {key: value for key, value in config[RECORD].items() if key not in ("sha256", "bytes", "dtype")}
     return config
 
 

@@ -11,9 +11,13 @@ from types import ModuleType
 
 
 def when_imported(package: str, action: Callable[[], object]) -> None:
-    """Call `action` at once if the top-level `package` is imported already, else right after it is imported.
+    """Call `action` at once if `package` is imported already, else right after it is imported.
 
     An error of `action` is then that of the import. A package that is never imported costs nothing.
+
+    Args:
+        package: a package or a module of one, by its full name.
+        action: what is done.
     """
     if package in sys.modules:
         action()
