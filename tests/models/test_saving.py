@@ -28,7 +28,7 @@ from timm_fsr.models.pixel import PixelModel, base_model
 from timm_fsr.models.saving import load, save_pretrained, weights_digest
 from timm_fsr.reports.report import Report
 
-FILES = {"config.json", "model.safetensors"}
+FILES = {"config.json", "model.safetensors", "modeling_timm_fsr.py"}
 
 
 def grey_images(channels: int = 1) -> torch.Tensor:

@@ -18,7 +18,7 @@ from support.hub_server import HubServer
 from timm_fsr.models.saving import weights_digest
 from timm_fsr.reports.report import Report
 
-FILES = ("README.md", "config.json", "model.safetensors", "recipe.yaml", "report.json")
+FILES = ("README.md", "config.json", "modeling_timm_fsr.py", "model.safetensors", "recipe.yaml", "report.json")
 CLIENT = Path(__file__).with_name("hub_client.py")
 RECIPE = {"seed": 0, "output": "runs/x", "model": {"name": "resnet_tiny_cifar", "layer": "fsr"}}
 

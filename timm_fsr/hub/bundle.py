@@ -10,6 +10,7 @@ from typing import Any
 
 from timm_fsr.hub.privacy import is_place, telling_part, texts, without_traces
 from timm_fsr.models.pretrained import RECIPE, REPORT
+from timm_fsr.models.remote_code import check_remote_code
 from timm_fsr.models.weights import CONFIG, WEIGHTS, read_config
 from timm_fsr.reports.comparison import RECIPE_KEYS
 from timm_fsr.reports.report import Report
@@ -27,11 +28,13 @@ class Bundle:
         config: content of `config.json`.
         report: of its evaluation.
         recipe: of its training, as plain values; {} if nothing is known of it.
+        for_transformers: whether transformers can load it, which takes a file of ours beside it.
     """
 
     config: Mapping[str, Any]
     report: Report
     recipe: Mapping[str, Any]
+    for_transformers: bool = False
 
     @property
     def layer(self) -> str | None:
@@ -58,7 +61,7 @@ def read_bundle(folder: str | Path) -> Bundle:
 
     Raises:
         FileNotFoundError: one of them is missing; the message names all that are.
-        ValueError: one of them is damaged.
+        ValueError: one of them is damaged, or the folder names code for transformers that is not ours.
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS, REPORT) if not (folder / name).is_file()]
@@ -72,13 +75,15 @@ def read_bundle(folder: str | Path) -> Bundle:
     config = read_config(folder)
     recipe = _read_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else {}
     _check_config(config, folder / CONFIG)
+    for_transformers = check_remote_code(config, folder)
     if is_recipe(recipe):
         _check_recipe(recipe, folder / RECIPE)
     report = Report.load(folder / REPORT)
     report, recipe = publishable(report, recipe), without_traces(recipe, _paths(recipe, report))
     conditions = {key: value for key, value in report.conditions.items() if key != "recipe"}  # which has its own file
     report = dataclasses.replace(report, conditions=conditions)
-    return Bundle(config, report, {key: value for key, value in recipe.items() if key != "output"})
+    recipe = {key: value for key, value in recipe.items() if key != "output"}
+    return Bundle(config, report, recipe, for_transformers)
 
 
 def publishable(report: Report, recipe: Mapping[str, Any] | None = None) -> Report:

@@ -168,6 +168,7 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
         "tested": report.conditions.get("data") or tested.title,
         "split": split,
         "layer": bundle.layer,
+        "for_transformers": bundle.for_transformers,
         "record": config.get(RECORD, {}),
         "shape": f"(N, {channels}, {height}, {width})",
         "statistics": None if plain else (pretrained_cfg["mean"], pretrained_cfg["std"]),

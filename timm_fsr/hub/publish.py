@@ -21,6 +21,7 @@ from timm_fsr.hub.bundle import Bundle, read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, check_repo_id, render_card
 from timm_fsr.hub.privacy import holds_token
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT
+from timm_fsr.models.remote_code import MODELLING, modelling_code
 from timm_fsr.models.saving import WrittenRecipe, load, save_pretrained, weights_digest
 from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS
 from timm_fsr.reports.report import Report
@@ -163,6 +164,8 @@ def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None
     if hashlib.sha256(weights).hexdigest() != bundle.config[RECORD]["sha256"] or json.loads(config) != bundle.config:
         raise ValueError(f"{folder} was changed while it was read, as a running training does; push it afterwards")
     files = {CARD: card.encode(), CONFIG: config, WEIGHTS: weights}
+    if bundle.for_transformers:
+        files[MODELLING] = modelling_code()  # never what lies in the folder
     if bundle.recipe:
         files[RECIPE] = yaml.safe_dump(dict(bundle.recipe), sort_keys=False, allow_unicode=True).encode()
     files[REPORT] = bundle.report.to_json().encode()
@@ -267,10 +270,11 @@ def _head(api: HfApi, push: Push) -> str | None:
 
 
 def _stale(api: HfApi, push: Push, revision: str | None) -> list[str]:
-    """The recipe of an earlier model, where this one has none: it would be taken for this one's."""
-    if RECIPE in push.files:
+    """The recipe and the code of an earlier model, where this one has none: they would be taken for this one's."""
+    absent = [name for name in (RECIPE, MODELLING) if name not in push.files]
+    if not absent:
         return []
-    return [entry.path for entry in api.get_paths_info(push.repo_id, [RECIPE], revision=revision)]
+    return [entry.path for entry in api.get_paths_info(push.repo_id, absent, revision=revision)]
 
 
 def _find_pull_request(api: HfApi, push: Push) -> Published | None:

@@ -13,12 +13,13 @@ from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from timm_fsr.data.decoding import MODES
+from timm_fsr.data.decoding import MODES, fit
 from timm_fsr.data.pictures import to_mode
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.hooks.tape import record
 from timm_fsr.models.description import numbered_names
 from timm_fsr.models.pixel import per_channel
+from timm_fsr.models.preprocessing import described_here
 from timm_fsr.models.remote_code import ENTRIES, MODEL_TYPE, MODELLING, modelling_code
 from timm_fsr.models.saving import check_architecture, remove_stale
 from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS, check_digest, check_record, make_record
@@ -26,6 +27,7 @@ from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS, check_digest, check
 try:
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
     from transformers.conversion_mapping import PrefixChange, register_checkpoint_conversion_mapping
+    from transformers.image_transforms import to_pil_image
     from transformers.image_utils import make_flat_list_of_images
     from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
     from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
@@ -66,9 +68,11 @@ class TimmFsrConfig(TimmWrapperConfig):
         names = numbered_names(next((names for names in given if names), None))
         if names and len(names) == values.get("num_classes", len(names)):
             values["label_names"] = list(names)
+        if kwargs.get("id2label"):  # else the old number would win, and number the new names
+            kwargs.setdefault("num_labels", len(kwargs["id2label"]))
         found = super().from_dict(values, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
-        vars(config).pop("label_names", None)  # id2label has them, and may be changed
+        config.__dict__.pop("label_names", None)  # id2label has them, and may be changed
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,11 +96,8 @@ class TimmFsrForImageClassification(TimmWrapperForImageClassification):
     config_class = TimmFsrConfig
 
     def __init__(self, config: Any) -> None:
-        check_architecture({RECORD: {}, **config.to_dict()}, config.name_or_path or "the configuration")
-        # transformers builds on the meta device, which has no numbers for what is in no file: constant kernels, grids.
-        with torch.device("cpu"):
-            super().__init__(config)
-        self._constants = {name: value.clone() for name, value in self.named_non_persistent_buffers()}
+        check_architecture(config.to_dict(), config.name_or_path or "the configuration")
+        super().__init__(config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +118,7 @@ class TimmFsrForImageClassification(TimmWrapperForImageClassification):
         _check_weights(pretrained_model_name_or_path, config, kwargs)
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
-        model._restore_constants()
+        _restore_constants(model.timm_model)
         model._note_origin(str(pretrained_model_name_or_path))
         return found
 
@@ -148,7 +149,7 @@ class TimmFsrForImageClassification(TimmWrapperForImageClassification):
         """Save as timm, timm_fsr and transformers load it, with the checksum of the weights that were written.
 
         Args:
-            save_directory: a folder. A report, a recipe and a model card in it are removed: they are about other weights.
+            save_directory: a folder; a report, recipe or model card in it is removed, for it is about other weights.
             *args: transformers' own.
             push_to_hub: push the folder when it is complete.
             **kwargs: transformers' own.
@@ -181,12 +182,6 @@ class TimmFsrForImageClassification(TimmWrapperForImageClassification):
         (folder / CONFIG).write_text(json.dumps({**config, **ENTRIES}, indent=2), encoding="utf-8")
         (folder / MODELLING).write_bytes(modelling_code())
         remove_stale(folder)
-
-    def _restore_constants(self) -> None:
-        """Put back what no file has and loading has overwritten: buffers that are not saved."""
-        with torch.no_grad():
-            for name, buffer in self.named_non_persistent_buffers():
-                buffer.copy_(self._constants[name])
 
     def _note_origin(self, name: str) -> None:
         """Remember from which repository the weights are, for what is saved of the model."""
@@ -221,10 +216,12 @@ class TimmFsrImageProcessor(TimmWrapperImageProcessor):
         if channels not in MODES:
             raise ValueError(f"the model takes images of {channels} channels, but pictures have 1 (grey) or 3 (RGB)")
         config["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
+        names = numbered_names(kwargs.get("label_names") or config.get("label_names"))
         for key in ("mean", "std"):
             config[key] = tuple(per_channel(config[key], channels, key).tolist())
         super().__init__(pretrained_cfg=config, architecture=architecture)
         self.channels = channels
+        self.fitted = config["input_size"][1:] if described_here(config, names) else None
 
     def preprocess(self, images: Any, return_tensors: Any = "pt") -> Any:
         """The model's input, `pixel_values` (N, C, H, W).
@@ -235,9 +232,11 @@ class TimmFsrImageProcessor(TimmWrapperImageProcessor):
         """
         if isinstance(images, Tensor):
             return super().preprocess(_with_channels(images, self.channels), return_tensors)
-        pictures = make_flat_list_of_images(images)
-        shown = [to_mode(one, self.channels) if isinstance(one, Image.Image) else one for one in pictures]
-        return super().preprocess(shown, return_tensors)
+        pictures = [to_mode(to_pil_image(one), self.channels) for one in make_flat_list_of_images(images)]
+        if self.fitted is not None:  # as in training and evaluation; where timm crops it may differ by half a pixel
+            arrays = (fit(one, MODES[self.channels], self.fitted) for one in pictures)
+            pictures = [Image.fromarray(one.squeeze(-1) if self.channels == 1 else one) for one in arrays]
+        return super().preprocess(pictures, return_tensors)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoImageProcessor") -> None:
@@ -262,6 +261,20 @@ def _check_weights(name: Any, config: Any, options: Mapping[str, Any]) -> None:
     path = cached_file(name, WEIGHTS, **named)
     assert path is not None, "cached_file raises where there is none"
     check_digest(Path(path), digest, str(name))
+
+
+def _restore_constants(model: nn.Module) -> None:
+    """Compute again what no file has: constants of feature layers. transformers builds models without any numbers."""
+    for site in (site for group in layer_groups(model) for site in group.sites):
+        layer, saved = site.layer, site.layer.state_dict()
+        constants = {name: buffer for name, buffer in layer.named_buffers() if name not in saved}
+        if not constants:
+            continue
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            classes = int(getattr(model, "num_classes", 0) or 0)
+            fresh = dict(type(layer)(site.layout.channels, classes, **layer.resolved_args()).named_buffers())
+        for name, buffer in constants.items():
+            buffer.copy_(fresh[name])
 
 
 def _unnamed(classes: int) -> list[tuple[str, ...]]:

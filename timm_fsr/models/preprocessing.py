@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def preprocessing(model: nn.Module, size: int | None = None) -> tuple[Preprocess
     sides = (size, size) if size is not None else known[1:] if known is not None else (0, 0)
     if min(sides) < 1:
         raise ValueError(f"size={size} must be 1 or more: it is a side in pixels")
-    if _described_here(model, config):
+    if described_here(config, class_names(model)):
         return lambda picture: torch.from_numpy(np.array(fit(picture, MODES[channels], sides))).permute(
             2, 0, 1
         ), channels
@@ -62,10 +62,15 @@ def preprocessing(model: nn.Module, size: int | None = None) -> tuple[Preprocess
     return transform, channels
 
 
-def _described_here(model: nn.Module, config: Any) -> bool:
-    """Whether `timm_fsr.models.description.describe` wrote the model's configuration."""
+def described_here(config: Mapping[str, Any], names: Sequence[str] | None) -> bool:
+    """Whether `timm_fsr.models.description.describe` wrote a configuration, so that pictures are prepared as it says.
+
+    Args:
+        config: a `pretrained_cfg`.
+        names: of the model's classes, if it knows them.
+    """
     written = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": INTERPOLATION}
-    return class_names(model) is not None and all(config.get(key) == value for key, value in written.items())
+    return names is not None and all(config.get(key) == value for key, value in written.items())
 
 
 def output_names(model: nn.Module) -> tuple[str, ...] | None:

@@ -48,13 +48,13 @@ def check_remote_code(config: Mapping[str, Any], folder: Path) -> bool:
         return False
     if named != ENTRIES[AUTO_MAP]:
         raise ValueError(
-            f"{folder / 'config.json'} names code of its own ({AUTO_MAP} is {named!r}), which timm_fsr does not publish: "
-            "downloaders would run it; save the model again by timm_fsr.save_pretrained"
+            f"{folder / 'config.json'} names code of its own ({AUTO_MAP} is {named!r}), which timm_fsr does not "
+            "publish: downloaders would run it; save the model again by timm_fsr.save_pretrained"
         )
     path = folder / MODELLING
     if path.is_file() and path.read_bytes() != modelling_code():
         raise ValueError(
-            f"{path} is not the file that this timm_fsr writes, so it is not published: downloaders would run it; delete "
-            "it, and the right one is published in its place"
+            f"{path} is not the file that this timm_fsr writes, so it is not published: downloaders would run it; "
+            "delete it, and the right one is published in its place"
         )
     return True

@@ -104,8 +104,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: `timm.create_model` could not rebuild the model from its configuration, `dtype` would change it, or
-            the recipe is none.
+        ValueError: `timm.create_model` could not rebuild the model from its configuration, as with adapters of PEFT,
+            `dtype` would change it, or the recipe is none.
         UnsoundError: a conversion has replaced the module that a feature layer sits on.
         OSError: the disk is full or the folder is not writable; what was there before is untouched.
     """
@@ -468,6 +468,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_rebuildable(model: nn.Module) -> None:
+    adapted = [name or "the model" for name, module in model.named_modules() if _is_of_peft(module)]
+    if adapted:
+        raise ValueError(
+            f"{adapted[0]} holds adapters of PEFT, which timm cannot rebuild; merge them, model = "
+            "peft_model.merge_and_unload(), and save that, or save the adapters alone by peft_model.save_pretrained"
+        )
     if len(layer_groups(model)) > 1:
         raise ValueError("a checkpoint can hold one kind of feature layer; detach and attach only one")
     architecture = pretrained_cfg_of(model).get("architecture")
@@ -476,6 +482,10 @@ def _check_rebuildable(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be rebuilt from a checkpoint: {architecture!r} is no registered timm "
             "model; create the model by timm.create_model, with one kind of feature layer"
         )
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__)
 
 
 def _imports(model: nn.Module) -> list[str]:

@@ -96,7 +96,9 @@ def _without_stale_record(config: dict[str, Any]) -> dict[str, Any]:
     transformers' own classes copy our record to the weights that they write, and name themselves. Ours note new weights.
     """
     if RECORD in config and config.get("architectures", [OUR_CLASS]) != [OUR_CLASS]:
-        config[RECORD] = {key: value for key, value in config[RECORD].items() if key not in ("sha256", "bytes", "dtype")}
+        config[RECORD] = {
+            key: value for key, value in config[RECORD].items() if key not in ("sha256", "bytes", "dtype")
+        }
     return config
 
 
