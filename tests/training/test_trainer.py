@@ -41,7 +41,11 @@ class TestResults:
     def test_the_folder_holds_everything(self, run):
         output, _ = run
         assert set(contents(output)) == {
-            *(f"{kind}/{file}" for kind in ("best", "last") for file in ("config.json", "model.safetensors")),
+            *(
+                f"{kind}/{file}"
+                for kind in ("best", "last")
+                for file in ("config.json", "model.safetensors", "modeling_timm_fsr.py")
+            ),
             *(f"checkpoints/step-00000000{step}/{file}" for step in (3, 6) for file in CHECKPOINT),
             "best/report.json",
             "best/recipe.yaml",
@@ -309,7 +313,11 @@ class TestRefusals:
         with pytest.raises(OSError, match=r"could not write to .* \(No space left on device\).* untouched"):
             train(tiny(tmp_path))
         assert set(contents(tmp_path)) == {
-            *(f"{kind}/{file}" for kind in ("best", "last") for file in ("config.json", "model.safetensors")),
+            *(
+                f"{kind}/{file}"
+                for kind in ("best", "last")
+                for file in ("config.json", "model.safetensors", "modeling_timm_fsr.py")
+            ),
             *(f"checkpoints/step-00000000{step}/{file}" for step in (3, 6) for file in CHECKPOINT),
             "metrics.jsonl",
             "recipe.yaml",

@@ -93,7 +93,7 @@ def read_config(folder: str | Path, source: str | None = None) -> dict[str, Any]
 def _without_stale_record(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what it notes of weights that transformers has replaced since.
 
-    transformers' own classes copy our record to the weights that they write, and name themselves. Ours note new weights.
+    transformers' own classes copy our record to the weights that they write, and name themselves. Ours renew it.
     """
     if RECORD in config and config.get("architectures", [OUR_CLASS]) != [OUR_CLASS]:
         config[RECORD] = {
