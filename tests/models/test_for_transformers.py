@@ -44,7 +44,8 @@ for name in sys.argv[1:]:
     inputs = processor(picture)["pixel_values"]
     with torch.no_grad():
         logits = model(inputs).logits
-    found.append([inputs.tolist(), logits.tolist(), {one["label"]: one["score"] for one in classify(picture)}])
+    shares = {one["label"]: one["score"] for one in classify(picture)}
+    found.append([inputs.tolist(), logits.tolist(), shares, model.config.timm_fsr.get("origin")])
 print(json.dumps(found))
 """
 
@@ -100,7 +101,9 @@ def test_from_the_hub_and_from_a_folder_with_no_import_before(hub, client, repo,
     command = [sys.executable, "-c", IN_A_NEW_PROCESS, repo, str(grey)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    for folder, (images, expected, shares) in zip((saved, grey), json.loads(done.stdout), strict=True):
+    answers = json.loads(done.stdout)
+    assert [answer.pop() for answer in answers] == [{"name": repo, "hub_id": repo}, None]
+    for folder, (images, expected, shares) in zip((saved, grey), answers, strict=True):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         found = logits(model, torch.tensor(images))
         torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
@@ -254,6 +257,18 @@ class TestFineTuning:
         source = timm_fsr.save_pretrained(described(), tmp_path, recipe="by hand")
         AutoModel.from_pretrained(source).save_pretrained(source)
         assert not (source / "recipe.yaml").exists()
+
+    def test_it_is_pushed_when_it_is_complete(self, tmp_path, monkeypatch):
+        model = AutoModel.from_pretrained(timm_fsr.save_pretrained(described(), tmp_path / "source"))
+        pushed = []
+
+        def push(self: Any, repo_id: str, **options: Any) -> None:
+            pushed.append((repo_id, verify_folder(tmp_path / "tuned").name, options))
+
+        monkeypatch.setattr(TimmFsrForImageClassification, "push_to_hub", push)
+        nn.init.zeros_(model.timm_model.fc.bias)
+        model.save_pretrained(tmp_path / "tuned", push_to_hub=True, repo_id="me/tuned", private=True)
+        assert pushed == [("me/tuned", "model.safetensors", {"private": True})]
 
     def test_weights_in_several_files(self, tmp_path):
         model = AutoModel.from_pretrained(timm_fsr.save_pretrained(described(), tmp_path / "source"))
