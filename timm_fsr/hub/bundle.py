@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm_fsr.hub.privacy import is_place, telling_part, texts, without_traces
+from timm_fsr.models.export import exported_facts
 from timm_fsr.models.pretrained import RECIPE, REPORT
 from timm_fsr.models.weights import CONFIG, WEIGHTS, read_config
 from timm_fsr.reports.comparison import RECIPE_KEYS
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.defaults import EXPORTS
 from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.registry import is_file_name
 
 _TRANSFER = "transfer from "  # how the stages of attacks begin that name another model
+
+
+class ExportedFile(NamedTuple):
+    """A file that `timm_fsr.export` wrote.
+
+    Attributes:
+        sha256: of the file.
+        torch: the version that wrote it.
+        shape: of the images that it takes, as in "(N, 3, 32, 32)".
+    """
+
+    sha256: str
+    torch: str
+    shape: str
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> ExportedFile:
+        """The file `name`, "model.pt2" or "model.onnx", of this content.
+
+        Raises:
+            ValueError, ModuleNotFoundError: see `exported_facts`.
+        """
+        facts = exported_facts(name, content)
+        version, size = str(facts["torch"]).partition("+")[0], ", ".join(map(str, facts["input_size"]))
+        return cls(hashlib.sha256(content).hexdigest(), version, f"(N, {size})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +55,13 @@ class Bundle:
         config: content of `config.json`.
         report: of its evaluation.
         recipe: of its training, as plain values; {} if nothing is known of it.
+        exports: the files that run without timm, by name.
     """
 
     config: Mapping[str, Any]
     report: Report
     recipe: Mapping[str, Any]
+    exports: Mapping[str, ExportedFile] = field(default_factory=dict)
 
     @property
     def layer(self) -> str | None:
@@ -58,7 +88,8 @@ def read_bundle(folder: str | Path) -> Bundle:
 
     Raises:
         FileNotFoundError: one of them is missing; the message names all that are.
-        ValueError: one of them is damaged.
+        ValueError: one of them is damaged, or another program's file has the name of an exported one.
+        ModuleNotFoundError: there is a `model.onnx`, and no package to read it.
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS, REPORT) if not (folder / name).is_file()]
@@ -78,7 +109,9 @@ def read_bundle(folder: str | Path) -> Bundle:
     report, recipe = publishable(report, recipe), without_traces(recipe, _paths(recipe, report))
     conditions = {key: value for key, value in report.conditions.items() if key != "recipe"}  # which has its own file
     report = dataclasses.replace(report, conditions=conditions)
-    return Bundle(config, report, {key: value for key, value in recipe.items() if key != "output"})
+    there = {name: (folder / name).read_bytes() for name in EXPORTS.values() if (folder / name).is_file()}
+    exports = {name: ExportedFile.of(name, content) for name, content in there.items()}
+    return Bundle(config, report, {key: value for key, value in recipe.items() if key != "output"}, exports)
 
 
 def publishable(report: Report, recipe: Mapping[str, Any] | None = None) -> Report:

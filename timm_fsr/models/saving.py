@@ -44,6 +44,7 @@ from timm_fsr.models.weights import (
     verify_hub,
 )
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.defaults import EXPORTS
 from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.errors import is_out_of_memory, unknown
 from timm_fsr.utils.files import staged
@@ -133,6 +134,7 @@ def save_pretrained(
         stale = [name for name, content in ((REPORT, report), (RECIPE, written)) if not content]
         if _is_card(folder / CARD):
             stale.append(CARD)
+        stale += EXPORTS.values()
         for name in stale:
             (folder / name).unlink(missing_ok=True)  # it is about other weights
     finally:
