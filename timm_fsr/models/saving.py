@@ -462,6 +462,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_rebuildable(model: nn.Module) -> None:
+    if not hasattr(model, "num_classes") and hasattr(model, "feature_info"):
+        raise ValueError(
+            f"{type(model).__name__} is a feature extractor (features_only=True), from which timm has taken the "
+            "classifier, so that no model can be rebuilt from it; save the whole model and load that "
+            "with features_only=True, or keep the extractor's weights by torch.save(extractor.state_dict(), FILE)"
+        )
     if len(layer_groups(model)) > 1:
         raise ValueError("a checkpoint can hold one kind of feature layer; detach and attach only one")
     architecture = pretrained_cfg_of(model).get("architecture")
