@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from timm_fsr.hub.robustbench import model_info, register_alias
     from timm_fsr.layers import FSR, FeatureLayer, list_layers, register_layer
     from timm_fsr.models.conversion import convert_official
+    from timm_fsr.models.export import export
     from timm_fsr.models.pixel import PixelModel
     from timm_fsr.models.pretrained import list_pretrained
     from timm_fsr.models.saving import from_pretrained, round_weights, save_pretrained
@@ -75,6 +76,7 @@ _LATER = {
     "corrupt": "evaluation.corruptions",
     "detach": "hooks.attach",
     "evaluate": "evaluation.evaluator",
+    "export": "models.export",
     "from_pretrained": "models.saving",
     "gather_evidence": "evaluation.gradient_masking",
     "list_layers": "layers",
@@ -129,6 +131,7 @@ __all__ = [
     "corrupt",
     "detach",
     "evaluate",
+    "export",
     "from_pretrained",
     "gather_evidence",
     "list_layers",

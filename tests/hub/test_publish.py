@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import threading
 from pathlib import Path
@@ -100,6 +101,17 @@ class TestPush:
         again = client.do("push", str(saved), repo)
         assert again == {**first, "changed": False}
         assert len(hub.repos[repo].commits) == 2
+
+    def test_exported_files_come_with_it_and_go_with_its_weights(self, hub, client, repo, saved, tmp_path):
+        first = client.do("push", str(saved), repo, formats=["pt2"])
+        files = hub.repos[repo].commits[-1].files
+        assert f"`{hashlib.sha256(files['model.pt2']).hexdigest()}`" in files["README.md"].decode()
+        assert client.do("push", str(saved), repo, formats=["pt2"]) == {**first, "changed": False}
+        assert not (saved / "model.pt2").exists(), "the folder is only read"
+        client.do("push", str(save(tmp_path / "other", seed=1)), repo)
+        files = hub.repos[repo].commits[-1].files
+        assert "model.pt2" not in files, "it is about the weights before"
+        assert "### Without timm" not in files["README.md"].decode()
 
     def test_what_has_changed_is_one_more_commit(self, hub, client, repo, tmp_path):
         client.do("push", str(save(tmp_path / "a")), repo)

@@ -43,6 +43,7 @@ COMMANDS = {
     "recipes": Command(_MODELS, "recipes", "list the recipes, print one or copy it"),
     "models": Command(_MODELS, "hub", "list the robust checkpoints that timm knows by name"),
     "convert": Command(_MODELS, "hub", "bring weights of other code into timm's format"),
+    "export": Command(_MODELS, "export", "write a model as model.pt2 or model.onnx, without timm"),
     "card": Command(_MODELS, "hub", "write the model card of a saved model"),
     "push": Command(_MODELS, "hub", "publish a saved model on the Hub in one commit"),
     "completion": Command(_SHELL, "completion", "print a script that completes commands and flags"),

@@ -42,6 +42,7 @@ _READING = ("size", "channels", "limit", "split", "config", "image_column", "lab
 _FLAGS: dict[str, tuple[str, ...]] = {
     "evaluate": (*_READING, "norm", "eps", "attacks", "seed", "batch_size"),
     "demo": ("epochs", "limit", "seed"),
+    "export": ("size", "formats"),
 }
 """By command, arguments of Python that are flags of the same name."""
 

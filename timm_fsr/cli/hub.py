@@ -73,6 +73,7 @@ def push_command(options: argparse.Namespace) -> None:
         revision=options.revision,
         create_pr=options.create_pr,
         message=options.message,
+        formats=options.formats,
         **vars(_card_options(options)),
     )
     console.print(done.url if done.changed else f"{options.repo_id} has all of it already: no commit", markup=False)
@@ -90,7 +91,7 @@ def convert_command(options: argparse.Namespace) -> None:
 
 def _dry_run(options: argparse.Namespace, console: Console) -> None:
     """Collect what would be sent, show it, and write it if asked for."""
-    files = collect(options.folder, options.repo_id, _card_options(options))
+    files = collect(options.folder, options.repo_id, _card_options(options), options.formats)
     for name, content in files.items():
         console.print(f"{len(content):>12,} bytes  {name}", markup=False)
     if options.output:

@@ -21,8 +21,10 @@ from timm_fsr.evaluation.corruptions import CORRUPTIONS, corruption_accuracy
 from timm_fsr.evaluation.corruptions import library as corruption_library
 from timm_fsr.evaluation.evaluator import Standing, evaluate
 from timm_fsr.evaluation.examples import draw_examples
+from timm_fsr.evaluation.foreign_attacks import AttackFunction
 from timm_fsr.evaluation.gradient_masking import gather_evidence
 from timm_fsr.evaluation.inference import BATCH_SIZE, clean_logits
+from timm_fsr.evaluation.registry import Suite
 from timm_fsr.models.pixel import device_of
 from timm_fsr.reports.page import Entry, render_page
 from timm_fsr.reports.report import Report
@@ -55,7 +57,7 @@ def assess(
     *,
     norm: str = "linf",
     eps: float = 8 / 255,
-    attacks: Sequence[str] = ("fgsm", "pgd20"),
+    attacks: Sequence[str | Suite | AttackFunction] = ("fgsm", "pgd20"),
     seed: int = 0,
     name: str = "",
     transfer_from: Mapping[str, nn.Module] | None = None,
@@ -82,7 +84,7 @@ def assess(
         norm: see `timm_fsr.evaluate`, as are eps, attacks, seed, name, transfer_from, overwrite, save_images,
             accelerator and progress.
         eps: radius, in pixels of [0, 1].
-        attacks: by name.
+        attacks: by name, or as `timm_fsr.evaluate` takes them.
         seed: of everything random.
         name: of the model.
         transfer_from: other models by name.

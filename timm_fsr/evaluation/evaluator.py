@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from timm_fsr.attacks.base import attack_mode
 from timm_fsr.attacks.bn_folding import Folding, find_folding
 from timm_fsr.evaluation.classes import in_order_of, judged_data
+from timm_fsr.evaluation.foreign_attacks import AttackFunction
 from timm_fsr.evaluation.inference import (
     Batches,
     as_batches,
@@ -41,7 +42,7 @@ from timm_fsr.evaluation.outcomes import (
     put_together,
     suite_key,
 )
-from timm_fsr.evaluation.registry import Stage, Suite, Target, build_suites, check_names
+from timm_fsr.evaluation.registry import Stage, Suite, Target, as_suites, build_suites, check_names
 from timm_fsr.evaluation.saved_images import AttackedBatch, keep_attacked, load_attacked, perturbed, save_attacked
 from timm_fsr.models.description import class_names
 from timm_fsr.models.pixel import as_pixel_model, device_of
@@ -97,7 +98,7 @@ def evaluate(
     *,
     norm: str = "linf",
     eps: float = 8 / 255,
-    attacks: Sequence[str | Suite] = ("fgsm", "pgd20"),
+    attacks: Sequence[str | Suite | AttackFunction] = ("fgsm", "pgd20"),
     seed: int = 0,
     name: str = "",
     data_name: str = "",
@@ -125,7 +126,8 @@ def evaluate(
         eps: radius, in pixels of [0, 1].
         attacks: by name; docs/evaluation.md lists them. "fgsm", "pgd20", "pgd100x5" (restarts), "cw30", "apgd100",
             "official" (what the FSR repository tests), "standard", "plus", "rand" (AutoAttack), its components alone,
-            "adaptive", "transfer"; or a `timm_fsr.Suite` of your own.
+            "adaptive", "transfer"; or a `timm_fsr.Suite` of your own; or a function of (model, images, labels) that
+            calls another library, see `Suite.from_callable`.
         seed: of the random starts.
         name: of the model, for the report.
         data_name: of the data, for the report.
@@ -149,7 +151,8 @@ def evaluate(
         ModuleNotFoundError: an attack needs a package that is not installed.
         UnsoundError: a feature layer that does not fire, or an attack that leaves the ball.
     """
-    check_names([a for a in _listed(attacks) if isinstance(a, str)], norm, eps, sources=bool(transfer_from))
+    attacks = as_suites(attacks)
+    check_names([a for a in attacks if isinstance(a, str)], norm, eps, sources=bool(transfer_from))
     if save_images and folder is None:
         raise ValueError("save_images needs a folder to keep the images in; give folder")
     pixel_model = as_pixel_model(model)
@@ -469,22 +472,17 @@ def _seeded(seed: int, index: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _listed(attacks: Sequence[str | Suite]) -> Sequence[str | Suite]:
-    if isinstance(attacks, str):
-        raise ValueError(f"attacks={attacks!r} is one name where a list belongs; use [{attacks!r}]")
-    return attacks
-
-
 def _check_budget(attacked: Tensor, images: Tensor, norm: str, eps: float, name: str) -> None:
     """An attack that cheats would make any model look weak, and one that gives NaN any model strong."""
     check_attacked(attacked, name)
     delta = (attacked - images).flatten(1)
     size = {"linf": delta.abs().amax(dim=1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(dim=1)}[norm]
     inside = attacked.shape == images.shape and bool((size <= eps * (1 + 1e-4) + 1e-6).all())
-    if not (inside and float(attacked.min()) >= 0 and float(attacked.max()) <= 1):
+    low, high = float(attacked.min()), float(attacked.max())
+    if not (inside and low >= 0 and high <= 1):
         raise UnsoundError(
-            f"the attack {name!r} left [0, 1] or the {norm} ball of radius {eps:g} (reached {float(size.max()):g}); "
-            "its result would mean nothing; mend the attack"
+            f"the attack {name!r} left [0, 1] or the {norm} ball of radius {eps:g} (reached {float(size.max()):g}, "
+            f"pixels in [{low:g}, {high:g}]); its result would mean nothing; mend the attack"
         )
 
 

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from timm_fsr.attacks.base import ATTACKS, NORMS, Attack, ImageLoss, attack_fields, check_eps, judged_loss
 from timm_fsr.attacks.losses import cross_entropy
+from timm_fsr.evaluation.foreign_attacks import (
+    AttackFunction,
+    attack_name,
+    check_attack_function,
+    described,
+    run_attack,
+)
 from timm_fsr.evaluation.model_checks import ModelCheck
 from timm_fsr.evaluation.names import ALIASES, spelled
+from timm_fsr.reports.report import WORST_CASE
 from timm_fsr.utils.errors import unknown
 from timm_fsr.utils.registry import RegistrationError, Registry
 
@@ -90,6 +98,34 @@ class Suite:
         if len(self.stages) == 1:
             return self.stages[0].detail
         return "; ".join(f"{stage.name}: {stage.detail}" for stage in self.stages)
+
+    @classmethod
+    def from_callable(
+        cls, name: str, attack: AttackFunction, *, detail: str = "", every_image: bool = False, note: str = ""
+    ) -> Suite:
+        """A suite of one attack that any other library makes, such as foolbox, ART, torchattacks or SecML-Torch.
+
+        Args:
+            name: for the report: letters, digits, ".", "+", "-" and "_", and no name of an attack of this package.
+            attack: maps (model, images, labels) to attacked images, as a tensor or a NumPy array. The model takes
+                pixels in [0, 1] and is in eval mode with frozen parameters. What lies outside of [0, 1] by rounding is
+                clipped. Every image is then measured, and one that leaves [0, 1] or the ball is refused.
+            detail: what it does and with which parameters, for the report. A folder that knows outcomes of it knows it
+                by its name and this; without it, by its code and the values that it uses.
+            every_image: attack also images that are wrong already.
+            note: a caveat for the reader, or "".
+
+        Raises:
+            ValueError: a name or an attack that cannot be one.
+        """
+        _check_free(name)
+        check_attack_function(name, attack)
+
+        def run(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+            return run_attack(name, attack, model, images, labels, generator)
+
+        stage = Stage(name, detail or described(attack), run)
+        return cls(name, (stage,), every_image=every_image, note=note)
 
 
 @dataclass(frozen=True)
@@ -226,6 +262,27 @@ def build_suites(names: Sequence[str], target: Target) -> list[Suite]:
     return suites
 
 
+def as_suites(attacks: Sequence[str | Suite | AttackFunction]) -> list[str | Suite]:
+    """The attacks of an evaluation: names, and suites in the place of functions.
+
+    Raises:
+        ValueError: a string where a list belongs, a function that cannot be an attack, or two attacks of one name.
+    """
+    if isinstance(attacks, str):
+        raise ValueError(f"attacks={attacks!r} is one name where a list belongs; use [{attacks!r}]")
+    found = [
+        attack if isinstance(attack, (str, Suite)) else Suite.from_callable(attack_name(attack), attack)
+        for attack in attacks
+    ]
+    details: dict[str, str | None] = dict.fromkeys(expand_names([name for name in found if isinstance(name, str)]))
+    for suite in found:
+        if isinstance(suite, Suite) and details.setdefault(suite.name, suite.detail) != suite.detail:
+            raise ValueError(
+                f"two different attacks are called {suite.name!r}, and a report has one figure for a name; rename one"
+            )
+    return found
+
+
 def single(name: str, attack: Attack, loss: ImageLoss = cross_entropy) -> Suite:
     """A suite of one attack that maximises `loss`, and attacks every image as papers count it."""
     detail = repr(attack) if loss is cross_entropy else f"{attack!r} on the loss {loss.__name__}"
@@ -279,6 +336,22 @@ def _find(name: str) -> tuple[SuiteEntry | None, tuple[int, ...]]:
     if steps is not None and restarts is None and base in SUITES and SUITES[base].numbered:
         return SUITES[base], (steps,)
     return None, ()
+
+
+def _check_free(name: str) -> None:
+    """Refuse a name for an attack of the user's that a report cannot show, or that stands for one of this package.
+
+    Raises:
+        ValueError: see above.
+    """
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+        raise ValueError(
+            f"{name!r} cannot name an attack; use letters, digits, '.', '+', '-' and '_', such as 'fb-pgd20'"
+        )
+    base, _, _ = _split(name)
+    ours = any(base in family and family.origin(base) is None for family in (ATTACKS, SUITES))
+    if ours or name in ALIASES or name in (ENSEMBLE, WORST_CASE, "clean"):
+        raise ValueError(f"{name!r} means something else in a report; choose another name, such as 'my-{name}'")
 
 
 def _refuse_clash(name: str) -> None:

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm_fsr.hub.privacy import is_place, telling_part, texts, without_traces
+from timm_fsr.models.export import exported_facts
 from timm_fsr.models.pretrained import RECIPE, REPORT
 from timm_fsr.models.remote_code import check_remote_code
 from timm_fsr.models.weights import CONFIG, WEIGHTS, read_config
 from timm_fsr.reports.comparison import RECIPE_KEYS
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.defaults import EXPORTS
 from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.registry import is_file_name
 
 _TRANSFER = "transfer from "  # how the stages of attacks begin that name another model
+
+
+class ExportedFile(NamedTuple):
+    """A file that `timm_fsr.export` wrote.
+
+    Attributes:
+        sha256: of the file.
+        torch: the version that wrote it.
+        shape: of the images that it takes, as in "(N, 3, 32, 32)".
+    """
+
+    sha256: str
+    torch: str
+    shape: str
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> ExportedFile:
+        """The file `name`, "model.pt2" or "model.onnx", of this content.
+
+        Raises:
+            ValueError, ModuleNotFoundError: see `exported_facts`.
+        """
+        facts = exported_facts(name, content)
+        version, size = str(facts["torch"]).partition("+")[0], ", ".join(map(str, facts["input_size"]))
+        return cls(hashlib.sha256(content).hexdigest(), version, f"(N, {size})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +57,14 @@ class Bundle:
         report: of its evaluation.
         recipe: of its training, as plain values; {} if nothing is known of it.
         for_transformers: whether transformers can load it, which takes a file of ours beside it.
+        exports: the files that run without timm, by name.
     """
 
     config: Mapping[str, Any]
     report: Report
     recipe: Mapping[str, Any]
     for_transformers: bool = False
+    exports: Mapping[str, ExportedFile] = field(default_factory=dict)
 
     @property
     def layer(self) -> str | None:
@@ -61,7 +91,9 @@ def read_bundle(folder: str | Path) -> Bundle:
 
     Raises:
         FileNotFoundError: one of them is missing; the message names all that are.
-        ValueError: one of them is damaged, or the folder names code for transformers that is not ours.
+        ValueError: one of them is damaged, the folder names code for transformers that is not ours, or a file of
+            another program has the name of an exported one.
+        ModuleNotFoundError: there is a `model.onnx`, and no package to read it.
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS, REPORT) if not (folder / name).is_file()]
@@ -82,8 +114,10 @@ def read_bundle(folder: str | Path) -> Bundle:
     report, recipe = publishable(report, recipe), without_traces(recipe, _paths(recipe, report))
     conditions = {key: value for key, value in report.conditions.items() if key != "recipe"}  # which has its own file
     report = dataclasses.replace(report, conditions=conditions)
+    there = {name: (folder / name).read_bytes() for name in EXPORTS.values() if (folder / name).is_file()}
+    exports = {name: ExportedFile.of(name, content) for name, content in there.items()}
     recipe = {key: value for key, value in recipe.items() if key != "output"}
-    return Bundle(config, report, recipe, for_transformers)
+    return Bundle(config, report, recipe, for_transformers, exports)
 
 
 def publishable(report: Report, recipe: Mapping[str, Any] | None = None) -> Report:

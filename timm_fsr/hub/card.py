@@ -20,6 +20,7 @@ from timm_fsr.models.pretrained import CARD, list_pretrained
 from timm_fsr.models.weights import RECORD
 from timm_fsr.reports.comparison import differences, layer_of, listed, mcnemar, same_keys
 from timm_fsr.reports.report import STRONG_ATTACKS, WORST_CASE, Report
+from timm_fsr.utils.defaults import EXPORTS
 
 _AGAIN = f"make it again by timm-fsr card (FOLDER/{CARD} is pushed unchanged)"
 
@@ -113,11 +114,27 @@ def check_card(text: str, bundle: Bundle, repo_id: str) -> None:
     digest = str(bundle.config.get(RECORD, {}).get("sha256", ""))[:16]
     if digest not in text:
         raise ValueError(f"the card does not name the SHA-256 of these weights ({digest}...); {_AGAIN}")
+    _check_exports(text, bundle)
     lines = _body(bundle, repo_id=repo_id, tag=None, license=data.license, started=None, baseline=None).splitlines()
     missing = [line for line in lines if " %" in line and line not in text.splitlines()]
     if missing:
         raise ValueError(f"the card lacks this line, or has other figures in it: {missing[0]!r}; {_AGAIN}")
     _check_outside_text(text, lines, bundle)
+
+
+def _check_exports(text: str, bundle: Bundle) -> None:
+    """Refuse a card that does not tell of the model's exported files as they are."""
+    for format, name in EXPORTS.items():
+        if name not in bundle.exports and f"`{name}`" in text:
+            raise ValueError(
+                f"the card tells how to use {name}, which is not there; write it by timm-fsr export FOLDER --formats "
+                f"{format}, or {_AGAIN}"
+            )
+        if name in bundle.exports and bundle.exports[name].sha256 not in text:
+            raise ValueError(
+                f"the card does not tell of {name}, or of another file of this name; write the file into the folder by "
+                f"timm-fsr export FOLDER --formats {format} if it is not there, and {_AGAIN}"
+            )
 
 
 def _check_outside_text(text: str, generated: Sequence[str], bundle: Bundle) -> None:
@@ -170,6 +187,8 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
         "layer": bundle.layer,
         "for_transformers": bundle.for_transformers,
         "record": config.get(RECORD, {}),
+        "pt2": bundle.exports.get(EXPORTS["pt2"]),
+        "onnx": bundle.exports.get(EXPORTS["onnx"]),
         "shape": f"(N, {channels}, {height}, {width})",
         "statistics": None if plain else (pretrained_cfg["mean"], pretrained_cfg["std"]),
         "classes": config.get("label_names") or pretrained_cfg.get("label_names"),

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 from torch import nn
 
-from timm_fsr.hub.bundle import Bundle, read_bundle
+from timm_fsr.hub.bundle import Bundle, ExportedFile, read_bundle
 from timm_fsr.hub.card import CardOptions, check_card, check_repo_id, render_card
 from timm_fsr.hub.privacy import holds_token
+from timm_fsr.models.export import check_formats, exported_bytes
 from timm_fsr.models.pretrained import CARD, RECIPE, REPORT
 from timm_fsr.models.remote_code import MODELLING, modelling_code
 from timm_fsr.models.saving import WrittenRecipe, load, save_pretrained, weights_digest
 from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.defaults import EXPORTS
 from timm_fsr.utils.hub_errors import explained, retried
 
 
@@ -82,6 +84,7 @@ def push_to_hub(
     license: str | None = None,
     base_model: str | None = None,
     baseline: Report | None = None,
+    formats: Sequence[str] = (),
 ) -> Published:
     """Publish a model with its report, recipe and card, in one commit.
 
@@ -105,25 +108,28 @@ def push_to_hub(
             started from. The licence of an architecture is never taken.
         base_model: "user/name" that the training started from; None takes what was really loaded.
         baseline: the report of the same training without the feature layer, for the card.
+        formats: "pt2", "onnx": publish these exported files as well, which are made if the folder has none; see
+            `timm_fsr.export`. Those of the folder are always published.
 
     Raises:
         ValueError, FileNotFoundError: a part is missing or does not belong to the others; nothing was sent.
         PermissionError, ConnectionError: the Hub refused or could not be reached; it holds all of the push or nothing.
     """
     card = CardOptions(license=license, base_model=base_model, baseline=baseline)
+    formats = check_formats(formats) if formats else ()
     if not isinstance(model, nn.Module):
         if report is not None or recipe is not None:
             raise ValueError(
                 f"report and recipe are for a model, but {model} is a folder, which has its own; leave them out, or "
                 "write them into the folder by save_pretrained(model, folder, report=..., recipe=...)"
             )
-        files = collect(model, repo_id, card)
+        files = collect(model, repo_id, card, formats)
     elif report is None:
         raise ValueError("a published model needs the report of its evaluation; give report=timm_fsr.evaluate(...)")
     else:
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(model, folder, report=report, recipe=recipe, license=license)
-            files = collect(folder, repo_id, card)
+            files = collect(folder, repo_id, card, formats)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request is made against main, not {revision!r}; leave out create_pr or revision")
     message = message or f"Publish {repo_id.rpartition('/')[2]} by timm_fsr"
@@ -133,13 +139,16 @@ def push_to_hub(
         return retried(lambda: _push(push, heads), once_sent=not create_pr)  # a second pull request would do harm
 
 
-def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None) -> dict[str, bytes]:
+def collect(
+    folder: str | Path, repo_id: str, options: CardOptions | None = None, formats: Sequence[str] = ()
+) -> dict[str, bytes]:
     """The files of a push by name, after everything that can be checked without the Hub has been.
 
     Args:
         folder: that `save_pretrained` wrote.
         repo_id: "user/name".
         options: of the card that is generated if the folder has none.
+        formats: of exported files that are to be among them, besides those that the folder has.
 
     Raises:
         ValueError, FileNotFoundError: see `push_to_hub`.
@@ -155,6 +164,8 @@ def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None
     bundle = read_bundle(folder)
     model = load(str(folder))  # whoever downloads it has to be able to
     _check_same_weights(bundle, folder, model)
+    exported = exported_bytes(folder, model, formats)
+    bundle = dataclasses.replace(bundle, exports={name: ExportedFile.of(name, exported[name]) for name in exported})
     if (folder / CARD).is_file():
         card = (folder / CARD).read_text(encoding="utf-8")
     else:
@@ -163,7 +174,7 @@ def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None
     config, weights = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != bundle.config[RECORD]["sha256"] or json.loads(config) != bundle.config:
         raise ValueError(f"{folder} was changed while it was read, as a running training does; push it afterwards")
-    files = {CARD: card.encode(), CONFIG: config, WEIGHTS: weights}
+    files = {CARD: card.encode(), CONFIG: config, WEIGHTS: weights, **exported}
     if bundle.for_transformers:
         files[MODELLING] = modelling_code()  # never what lies in the folder
     if bundle.recipe:
@@ -175,7 +186,7 @@ def collect(folder: str | Path, repo_id: str, options: CardOptions | None = None
 
 def _check_no_token(files: Mapping[str, bytes], folder: Path) -> None:
     """Refuse to publish an access token; reports and recipes have lost theirs already."""
-    for name in files.keys() - {WEIGHTS}:
+    for name in files.keys() - {WEIGHTS, *EXPORTS.values()}:
         if holds_token(files[name].decode(), get_token()):
             raise ValueError(
                 f"{folder / name} has an access token in it, which would be published; take it out, and revoke the "
@@ -270,11 +281,9 @@ def _head(api: HfApi, push: Push) -> str | None:
 
 
 def _stale(api: HfApi, push: Push, revision: str | None) -> list[str]:
-    """The recipe and the code of an earlier model, where this one has none: they would be taken for this one's."""
-    absent = [name for name in (RECIPE, MODELLING) if name not in push.files]
-    if not absent:
-        return []
-    return [entry.path for entry in api.get_paths_info(push.repo_id, absent, revision=revision)]
+    """What an earlier model has and this one has not (recipe, code, exported files): it would pass for this one's."""
+    absent = [name for name in (RECIPE, MODELLING, *EXPORTS.values()) if name not in push.files]
+    return [entry.path for entry in api.get_paths_info(push.repo_id, absent, revision=revision)] if absent else []
 
 
 def _find_pull_request(api: HfApi, push: Push) -> Published | None:

@@ -45,6 +45,7 @@ from timm_fsr.models.weights import (
     verify_hub,
 )
 from timm_fsr.reports.report import Report
+from timm_fsr.utils.defaults import EXPORTS
 from timm_fsr.utils.documents import read_yaml
 from timm_fsr.utils.errors import is_out_of_memory, unknown
 from timm_fsr.utils.files import staged
@@ -474,6 +475,12 @@ def _check_rebuildable(model: nn.Module) -> None:
             f"{adapted[0]} holds adapters of PEFT, which timm cannot rebuild; merge them, model = "
             "peft_model.merge_and_unload(), and save that, or save the adapters alone by peft_model.save_pretrained"
         )
+    if not hasattr(model, "num_classes") and hasattr(model, "feature_info"):
+        raise ValueError(
+            f"{type(model).__name__} is a feature extractor (features_only=True), from which timm has taken the "
+            "classifier, so that no model can be rebuilt from it; save the whole model and load that "
+            "with features_only=True, or keep the extractor's weights by torch.save(extractor.state_dict(), FILE)"
+        )
     if len(layer_groups(model)) > 1:
         raise ValueError("a checkpoint can hold one kind of feature layer; detach and attach only one")
     architecture = pretrained_cfg_of(model).get("architecture")
@@ -495,13 +502,13 @@ def _imports(model: nn.Module) -> list[str]:
 
 
 def remove_stale(folder: Path, kept: Sequence[str] = ()) -> None:
-    """Remove the report, recipe and card of a folder whose weights were replaced, for they are about others.
+    """Remove report, recipe, card and exported files of a folder whose weights were replaced: they are about others.
 
     Args:
         folder: of the saved model.
         kept: those that were written with the new weights.
     """
-    for name in {REPORT, RECIPE} - set(kept):
+    for name in {REPORT, RECIPE, *EXPORTS.values()} - set(kept):
         (folder / name).unlink(missing_ok=True)
     if _is_card(folder / CARD):
         (folder / CARD).unlink()

@@ -4,6 +4,7 @@ EMBEDDED = "fashion_mnist"
 CLASS_ORDERS = ("codepoint", "timm")
 ON_ERROR = ("stop", "skip")
 CARD, REPORT, PAGE, RECIPE = "README.md", "report.json", "report.html", "recipe.yaml"
+EXPORTS = {"pt2": "model.pt2", "onnx": "model.onnx"}  # formats of `timm-fsr export`, and their files
 BATCH_SIZE = 250
 PREDICT_BATCH_SIZE = 64
 PRECISIONS = ("fp32", "bf16", "fp16")

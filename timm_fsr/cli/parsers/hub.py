@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from timm_fsr.cli.help import CommandParser
-from timm_fsr.utils.defaults import CARD, CONVERTIBLE
+from timm_fsr.utils.defaults import CARD, CONVERTIBLE, EXPORTS
 
 
 def models_parser() -> CommandParser:
@@ -51,7 +51,7 @@ def push_parser() -> CommandParser:
         examples=(
             "push runs/my_run/best user/name --dry-run",
             "push runs/my_run/best user/name --private",
-            "push results user/name --create-pr",
+            "push runs/my_run/best user/name --with pt2 onnx",
         ),
     )
     parser.add_argument("folder", help="such as train's OUTPUT/best, or one that save_pretrained wrote")
@@ -70,6 +70,14 @@ def push_parser() -> CommandParser:
     parser.add_argument("--revision", help="branch to commit to, made if missing (default: the main one)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--message", help="of the commit (default: one that names the model)")
+    parser.add_argument(
+        "--with",
+        dest="formats",
+        nargs="+",
+        choices=list(EXPORTS),
+        default=[],
+        help="publish the model as model.pt2 or model.onnx too, which run without timm (default: those in FOLDER)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything and send nothing")
     parser.add_argument(
         "--output",
