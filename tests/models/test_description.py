@@ -160,6 +160,23 @@ def test_names_go_with_the_classifier_of_a_plain_model_that_timm_alone_has_loade
     assert class_names(timm.create_model(f"local-dir:{tmp_path}", pretrained=True)) == ("a", "b", "c")
 
 
+@pytest.mark.parametrize("stored", [(64, 64), (60, 45), (31, 77), (25, 24)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_scaled_to_the_pixels_that_timm_sees_by_the_saved_configuration(tmp_path, stored, channels):
+    """To the bit, also where the pictures are not square."""
+    shape = (*stored, channels) if channels > 1 else stored
+    pixels = torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).byte().numpy()
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "data" / "a" / "0.png")
+    model = tiny_resnet(num_classes=3, in_chans=channels)
+    describe(model, classes=["a", "b", "c"], image_size=(channels, 24, 24))
+    save_pretrained(model, tmp_path / "saved")
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    transform = create_transform(**resolve_data_config({}, model=again), is_training=False, normalize=False)
+    data = timm_fsr.load_data(tmp_path / "data", size=24)
+    assert torch.equal(data.images[0], transform(Image.fromarray(pixels)))
+
+
 class TestOwnCrop:
     """Weights of timm are shown the pixels of timm's own scripts."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from timm_fsr.utils.memory import check_memory
@@ -94,7 +95,7 @@ class ArrayPictures:
 
 @dataclass(frozen=True)
 class ModelCrop:
-    """How timm scales and crops images for a model that was not trained by this package.
+    """How timm scales and crops images for a model.
 
     Attributes:
         share: of the scaled image's side that is kept, timm's `crop_pct`, in (0, 1].
@@ -113,18 +114,23 @@ class ModelCrop:
 
     def __call__(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         """A grey or RGB picture of (height, width) `size`, with the pixels that timm's own scripts see."""
-        from timm.data.transforms_factory import transforms_imagenet_eval
-
-        transform = transforms_imagenet_eval(
-            size,
-            crop_pct=self.share,
-            crop_mode=self.mode,
-            interpolation=self.interpolation,
-            mean=self.fill or (0.0,) * len(picture.getbands()),
-            use_prefetcher=True,
-        )
-        pixels = transform(picture).numpy()
+        transform = _timm_transform(self, size, self.fill or (0.0,) * len(picture.getbands()))
+        pixels: np.ndarray = np.asarray(transform(picture))
         return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+@functools.lru_cache(maxsize=8)  # to build one takes as long as to scale a small picture
+def _timm_transform(crop: ModelCrop, size: tuple[int, int], fill: tuple[float, ...]) -> Callable[[Image.Image], Any]:
+    from timm.data.transforms_factory import transforms_imagenet_eval
+
+    transform: Callable[[Image.Image], Any] = transforms_imagenet_eval(
+        size, crop_pct=crop.share, crop_mode=crop.mode, interpolation=crop.interpolation, mean=fill, use_prefetcher=True
+    )
+    return transform
+
+
+WHOLE = ModelCrop(share=1.0)
+"""How images are scaled and cropped for models that are trained here; their saved configuration tells timm the same."""
 
 
 @dataclass(frozen=True)
@@ -444,11 +450,12 @@ def mode_of(pictures: Sequence[Image.Image]) -> str:
 def fit(picture: Image.Image, mode: str, size: tuple[int, int] | None, crop: ModelCrop | None = None) -> np.ndarray:
     """Uint8 array (H, W, C) of (height, width) `size` if that is given.
 
-    A picture of another size is scaled bicubically with antialiasing and centre-cropped, or as `crop` says.
+    A picture of another size is scaled bicubically with antialiasing and centre-cropped, to the pixels that timm sees,
+    or as `crop` says.
     """
     picture = picture if picture.mode == mode else picture.convert(mode)
     if size is not None and picture.size != size[::-1]:
-        picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC) if crop is None else crop(picture, size)
+        picture = (crop or WHOLE)(picture, size)
     return pixels_of(picture)
 
 
