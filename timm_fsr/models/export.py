@@ -144,7 +144,7 @@ def exported_facts(name: str, content: bytes) -> Mapping[str, Any]:
         found = json.loads(_READERS[kind](content))
     except Exception as error:  # protobuf and zip have kinds of their own
         raise ValueError(f"{name} is damaged ({_reason(error)}); export the model again") from error
-    if not (isinstance(found, dict) and _FACTS <= found.keys() and _is_size(found["input_size"])):
+    if not (isinstance(found, dict) and found.keys() >= _FACTS and _is_size(found["input_size"])):
         raise ValueError(
             f"{name} was not written by timm_fsr; take it away, or replace it by `timm-fsr export --formats {kind}`"
         )
