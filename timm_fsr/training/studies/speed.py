@@ -12,18 +12,25 @@ from timm_fsr.training.recipe import Recipe
 from timm_fsr.training.studies.study import say
 from timm_fsr.utils.files import write_text
 
-BENCHMARKS = Path(timm_fsr.__file__).parents[1] / "benchmarks"
+BENCHMARKS = (Path(timm_fsr.__file__).parents[1] / "benchmarks", Path("benchmarks"))
+"""Where they may be: beside a package that is used from its checkout, or in the folder that the command is run in."""
 
 
 def check_speed(recipe: Recipe) -> None:
     """Raise ValueError where the benchmarks are missing or cannot run a recipe."""
-    if not (BENCHMARKS / "training_step.py").is_file():
-        raise ValueError(
-            "--speed runs the scripts in benchmarks/, which only a checkout of the repository has; install it from "
-            "there by `pip install -e .`, or leave --speed out"
-        )
+    _benchmarks()
     if recipe.mixed_precision == "fp16":
         raise ValueError("--speed knows float32 and bf16; set mixed_precision=bf16, or leave --speed out")
+
+
+def _benchmarks() -> Path:
+    for folder in BENCHMARKS:
+        if (folder / "training_step.py").is_file():
+            return folder.resolve()
+    raise ValueError(
+        "--speed runs the scripts in benchmarks/, which only a checkout of the repository has; run the command in one, "
+        "or leave --speed out"
+    )
 
 
 def measure_speed(recipe: Recipe, output: Path, *, device: str, official: Path | None, minutes: float | None) -> None:
@@ -43,7 +50,7 @@ def measure_speed(recipe: Recipe, output: Path, *, device: str, official: Path |
         path, fresh = output / f"{name}.json", output / f"{name}.new"
         if path.exists() and json.loads(path.read_text())["asked"] == command:
             continue
-        script = [sys.executable, str(BENCHMARKS / command[0]), *command[1:], "--json", str(fresh)]
+        script = [sys.executable, str(_benchmarks() / command[0]), *command[1:], "--json", str(fresh)]
         try:
             subprocess.run(script, check=True, timeout=60 * minutes / 6 if minutes else None)
         except subprocess.TimeoutExpired:
