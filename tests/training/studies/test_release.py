@@ -69,6 +69,7 @@ class TestRelease:
             "README.md",
             "baseline.json",
             "config.json",
+            "modeling_timm_fsr.py",
             "model.safetensors",
             "recipe.yaml",
             "release.json",
