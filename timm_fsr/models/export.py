@@ -34,6 +34,7 @@ ABOUT = "timm_fsr.json"
 TOLERANCE = 1e-4
 """By how much of the largest logit an exported model may differ: onnxruntime adds in another order than torch."""
 
+_FACTS = {"weights_sha256", "input_size", "torch"}  # those that every exported file has
 _OWN_OPERATORS = ("aten", "prim", "prims")  # those that torch has without another package
 _BATCHES = (1, 2, 5)  # of the check; the model is traced with 2
 _ONNX_LIMIT = 2**31  # bytes that one file of protobuf can hold
@@ -143,11 +144,15 @@ def exported_facts(name: str, content: bytes) -> Mapping[str, Any]:
         found = json.loads(_READERS[kind](content))
     except Exception as error:  # protobuf and zip have kinds of their own
         raise ValueError(f"{name} is damaged ({_reason(error)}); export the model again") from error
-    if not (isinstance(found, dict) and {"weights_sha256", "input_size", "torch"} <= found.keys()):
+    if not (isinstance(found, dict) and found.keys() >= _FACTS and _is_size(found["input_size"])):
         raise ValueError(
             f"{name} was not written by timm_fsr; take it away, or replace it by `timm-fsr export --formats {kind}`"
         )
     return found
+
+
+def _is_size(found: Any) -> bool:
+    return isinstance(found, list) and len(found) == 3 and all(isinstance(side, int) for side in found)
 
 
 def _read_pt2_facts(content: bytes) -> str:
