@@ -137,9 +137,12 @@ class TestFiles:
 
     def test_new_weights_in_the_folder_remove_what_was_exported_from_the_old_ones(self, tmp_path):
         model = with_fsr(tiny_resnet())
-        timm_fsr.export(model, timm_fsr.save_pretrained(model, tmp_path))
         timm_fsr.save_pretrained(model, tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+        saved = sorted(tmp_path.iterdir())
+        timm_fsr.export(model, tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([*saved, tmp_path / "model.pt2"])
+        timm_fsr.save_pretrained(model, tmp_path)
+        assert sorted(tmp_path.iterdir()) == saved
 
 
 class TestFilesOfOthers:
