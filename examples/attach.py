@@ -15,7 +15,7 @@ def main(name: str = "resnet18") -> None:
     size = timm.data.resolve_model_data_config(model)["input_size"]
     images, labels = torch.rand(2, *size), torch.tensor([3, 7])
 
-    with timm_fsr.record(model, labels) as tape:  # what the layer says beside the logits
+    with timm_fsr.record(model, labels) as tape:  # what the layer says in addition to the logits
         logits = model(images)
     for site in tape:
         print(f"{site}: mask of shape {tuple(tape[site].mask.shape)}, mean {tape[site].mask.mean():.2f}")

@@ -142,7 +142,7 @@ def explanation(command: str, error: Exception) -> tuple[int, str]:
 def in_flags(command: str, text: str) -> str:
     """A message about arguments in the words of the command line: "size=0" is "--size=0" there.
 
-    Keys of recipes get the dashes too. What stands in quotes or in a path is left alone.
+    Keys of recipes get the dashes too. Text in quotes or in a path is left alone.
     """
     if "on the command line" in text:  # it says it itself
         return text

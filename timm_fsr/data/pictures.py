@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from timm_fsr.data.decoding import one_line
+from timm_fsr.data.folders import is_junk
 
 ENDINGS = frozenset(
     f".{name}"
@@ -25,8 +26,8 @@ def find_pictures(sources: Sequence[str | Path]) -> list[Path]:
     """The image files that `sources` name, each once.
 
     Args:
-        sources: files, folders (all images in them, also in folders inside; hidden ones are left out), or patterns such
-            as "photos/*.jpg" and "photos/**/*.png".
+        sources: files, folders (all images in them, also in folders inside, but no files that systems leave there), or
+            patterns such as "photos/*.jpg" and "photos/**/*.png".
 
     Returns:
         Files in the order of `sources`; those of a folder or pattern sorted by name.
@@ -46,7 +47,7 @@ def find_pictures(sources: Sequence[str | Path]) -> list[Path]:
 def _of_one(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
-        inside = (file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)))
+        inside = (file for file in path.rglob("*") if not any(map(is_junk, file.relative_to(path).parts)))
         images = sorted(file for file in inside if file.suffix.lower() in ENDINGS and file.is_file())
         if not images:
             raise ValueError(f"the folder {source} holds no images; their names end in {', '.join(sorted(ENDINGS))}")
@@ -61,10 +62,6 @@ def _of_one(source: str) -> list[Path]:
         why = f"the {len(matches)} that it matches are none" if matches else "nothing matches it"
         raise ValueError(f"the pattern {source} gives no images ({why}); quote it, or check the working directory")
     return images
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def read_picture(path: str | Path, channels: int) -> Image.Image:

@@ -193,13 +193,13 @@ def _seconds_each(stage: Stage, passes: Passes) -> float:
 
 
 def estimate_evidence(passes: Passes, images: int) -> AttackEstimate:
-    """The gradient masking checks on so many images, most of them on those that are right alone."""
+    """The gradient masking checks on that many images; most attack only those that are right."""
     each = sum(part_costs(STEPS, RESTARTS).values()) * passes.gradient * images
     return AttackEstimate("gradient masking checks", each * passes.clean, each)
 
 
 def estimate_corruptions(data: Images, passes: Passes, images: int) -> AttackEstimate:
-    """Common corruptions of so many images, by those of the first one, which are made on the CPU."""
+    """Common corruptions of that many images, from the time that one image takes; they are made on the CPU."""
     first = next(iter(data.head(1).batches(1)))[0].float()
     taken = 0.0
     for timed in (False, True):  # the first time loads the library

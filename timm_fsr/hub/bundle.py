@@ -56,7 +56,7 @@ class Bundle:
         config: content of `config.json`.
         report: of its evaluation.
         recipe: of its training, as plain values; {} if nothing is known of it.
-        for_transformers: whether transformers can load it, which takes a file of ours beside it.
+        for_transformers: whether transformers can load it, which takes a file of ours in the folder.
         exports: the files that run without timm, by name.
     """
 

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from timm_fsr.data.decoding import MODES, fit
+from timm_fsr.data.decoding import MODES
 from timm_fsr.data.pictures import to_mode
 from timm_fsr.hooks.site import layer_groups
 from timm_fsr.hooks.tape import record
 from timm_fsr.models.description import numbered_names
 from timm_fsr.models.pixel import per_channel
-from timm_fsr.models.preprocessing import described_here
 from timm_fsr.models.remote_code import ENTRIES, MODEL_TYPE, MODELLING, modelling_code
 from timm_fsr.models.saving import check_architecture, remove_stale
 from timm_fsr.models.weights import CONFIG, RECORD, WEIGHTS, check_digest, check_record, make_record
@@ -76,7 +74,7 @@ class TimmFsrConfig(TimmWrapperConfig):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """What stands in `config.json`: the names of the classes only where somebody has given them."""
+        """The content of `config.json`: the names of the classes only where somebody has given them."""
         values: dict[str, Any] = super().to_dict()
         if tuple(values.get("label_names") or ()) in _unnamed(self.num_labels):
             del values["label_names"]
@@ -210,18 +208,17 @@ class TimmFsrImageProcessor(TimmWrapperImageProcessor):
         model_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        del kwargs  # nothing in them tells how pictures are prepared
         arguments, config = dict(model_args or {}), dict(pretrained_cfg)
         channels, *sides = config["input_size"]
         channels, size = arguments.get("in_chans") or channels, arguments.get("img_size") or sides
         if channels not in MODES:
             raise ValueError(f"the model takes images of {channels} channels, but pictures have 1 (grey) or 3 (RGB)")
         config["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
-        names = numbered_names(kwargs.get("label_names") or config.get("label_names"))
         for key in ("mean", "std"):
             config[key] = tuple(per_channel(config[key], channels, key).tolist())
         super().__init__(pretrained_cfg=config, architecture=architecture)
         self.channels = channels
-        self.fitted = config["input_size"][1:] if described_here(config, names) else None
 
     def preprocess(self, images: Any, return_tensors: Any = "pt") -> Any:
         """The model's input, `pixel_values` (N, C, H, W).
@@ -233,9 +230,6 @@ class TimmFsrImageProcessor(TimmWrapperImageProcessor):
         if isinstance(images, Tensor):
             return super().preprocess(_with_channels(images, self.channels), return_tensors)
         pictures = [to_mode(to_pil_image(one), self.channels) for one in make_flat_list_of_images(images)]
-        if self.fitted is not None:  # as in training and evaluation; where timm crops it may differ by half a pixel
-            arrays = (fit(one, MODES[self.channels], self.fitted) for one in pictures)
-            pictures = [Image.fromarray(one.squeeze(-1) if self.channels == 1 else one) for one in arrays]
         return super().preprocess(pictures, return_tensors)
 
     @classmethod

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from timm_fsr.data.decoding import MODES, fit
+from timm_fsr.data.decoding import MODES
 from timm_fsr.hooks.placement import pretrained_cfg_of
 from timm_fsr.models.description import INTERPOLATION, class_names, input_size
 from timm_fsr.models.pixel import base_model
@@ -23,8 +21,8 @@ Preprocess = Callable[[Image.Image], Tensor]
 def preprocessing(model: nn.Module, size: int | None = None) -> tuple[Preprocess, int]:
     """How a picture becomes the model's input.
 
-    A model that `timm-fsr train` saved sees pictures as `timm_fsr.load_data` prepares them, as it was trained and
-    evaluated; any other as timm's validation does: interpolation, crop_pct and crop_mode of its `pretrained_cfg`.
+    By timm's transform for validation: interpolation, crop_pct and crop_mode of the model's `pretrained_cfg`. For a
+    model that was trained here these are the pixels that `timm_fsr.load_data` gives.
 
     Args:
         model: a timm model, or a wrapper of one.
@@ -47,10 +45,6 @@ def preprocessing(model: nn.Module, size: int | None = None) -> tuple[Preprocess
     sides = (size, size) if size is not None else known[1:] if known is not None else (0, 0)
     if min(sides) < 1:
         raise ValueError(f"size={size} must be 1 or more: it is a side in pixels")
-    if described_here(config, class_names(model)):
-        return lambda picture: torch.from_numpy(np.array(fit(picture, MODES[channels], sides))).permute(
-            2, 0, 1
-        ), channels
     transform: Any = create_transform(
         (channels, *sides),
         is_training=False,
@@ -60,17 +54,6 @@ def preprocessing(model: nn.Module, size: int | None = None) -> tuple[Preprocess
         normalize=False,
     )
     return transform, channels
-
-
-def described_here(config: Mapping[str, Any], names: Sequence[str] | None) -> bool:
-    """Whether `timm_fsr.models.description.describe` wrote a configuration, so that pictures are prepared as it says.
-
-    Args:
-        config: a `pretrained_cfg`.
-        names: of the model's classes, if it knows them.
-    """
-    written = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": INTERPOLATION}
-    return names is not None and all(config.get(key) == value for key, value in written.items())
 
 
 def output_names(model: nn.Module) -> tuple[str, ...] | None:

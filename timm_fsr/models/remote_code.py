@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 MODELLING = "modeling_timm_fsr.py"
-"""The file that transformers reads with `trust_remote_code=True`; it has to lie beside the weights."""
+"""The file that transformers reads with `trust_remote_code=True`; it has to be in the folder of the weights."""
 
 MODEL_TYPE = "timm_fsr"
 """By which transformers finds our classes where timm_fsr is imported already."""
 
 OUR_CLASS = "TimmFsrForImageClassification"
-"""What stands in `architectures` of a `config.json` that transformers wrote with our class."""
+"""The entry `architectures` of a `config.json` that transformers wrote with our class."""
 
 AUTO_MAP = "auto_map"
 ENTRIES: Mapping[str, Any] = {
@@ -41,7 +41,7 @@ def check_remote_code(config: Mapping[str, Any], folder: Path) -> bool:
         folder: that holds it.
 
     Raises:
-        ValueError: it names other code, or the file beside it is not the one of this package.
+        ValueError: it names other code, or the file in the folder is not the one of this package.
     """
     named = config.get(AUTO_MAP)
     if named is None:

@@ -237,7 +237,7 @@ def _wrapped(name: str) -> str:
 
 
 def _legend(figure: Figure, marks: Sequence[Artist], names: Sequence[str]) -> None:
-    """The names of the series below the chart, each beside its mark; none where there is one series."""
+    """The names of the series below the chart, each next to its mark; none where there is one series."""
     if not names:
         return
     figure.legend(

@@ -1,4 +1,4 @@
-"""Overlays: an image beside the masks of a model's feature layers, each laid over it."""
+"""Overlays: an image next to the masks of a model's feature layers, each laid over it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = "viridis"  # dark to bright, readable also in grey and with any colou
 
 
 def draw_overlays(title: str, image: Tensor, masks: Mapping[str, Tensor], path: Path) -> None:
-    """Write a PNG of an image and each site's mask over it, with the range of each mask beside it.
+    """Write a PNG of an image and each site's mask over it, with the range of each mask next to it.
 
     Args:
         title: above the picture.

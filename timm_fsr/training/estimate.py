@@ -141,7 +141,7 @@ def estimate(recipe: Recipe, console: Console | None = None) -> RunEstimate:
     """Build everything that `train` would, time some steps and a part of a validation; nothing is written.
 
     Args:
-        recipe: of the run. One with `resume` is taken as if it began anew.
+        recipe: of the run. One with `resume` is estimated from its beginning.
         console: shows what is being timed; None: stdout, on the main process.
 
     Raises:

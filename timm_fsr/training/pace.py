@@ -88,7 +88,7 @@ class Pace:
         return max(0.0, 1 - left / whole)
 
     def _validations(self, first: int, epochs: int) -> float:
-        """Seconds of the validations in so many epochs from the given one on; the last one always has one."""
+        """Seconds of the validations in a number of epochs from the given one on; the last one always has one."""
         last = first + epochs
         count = last // self.validate_every - first // self.validate_every
         if epochs and last == self.epochs and last % self.validate_every:
@@ -112,7 +112,7 @@ class Watch:
         self._since = time.perf_counter()
 
     def step(self, step: int, note: Callable[[], str]) -> None:
-        """So many steps of the epoch are done; `note` tells of them when it is shown."""
+        """Tell how many steps of the epoch are done; `note` tells of them when it is shown."""
         now = time.perf_counter()
         self.pace.step(now - self._since, self._epoch * self.pace.steps + step)
         self._since, self._step = now, step
@@ -120,7 +120,7 @@ class Watch:
 
     @contextmanager
     def validation(self, images: int) -> Iterator[Callable[[Standing], None]]:
-        """Show a validation on so many images of this process; yields what to tell of it."""
+        """Show a validation on a number of images of this process; yields what to tell of it."""
         self._show.begin(f"{self._title()}: validation ({self._attack})", images)
         self._update(0, "")
         began = time.perf_counter()
@@ -153,7 +153,7 @@ class Watch:
         return f"{self._batch_size / each:,.0f} images/s" if each else ""
 
     def _update(self, done: int, note: str | Callable[[], str], validated: float = 0.0) -> None:
-        """Draw the part and the run, of whose validation in this epoch so many seconds have passed."""
+        """Draw the part and the run, given the seconds that validation has taken in this epoch."""
         place = (self._epoch, self._step)
         left, whole = (
             None if seconds is None else max(0.0, seconds - validated)

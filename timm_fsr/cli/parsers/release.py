@@ -39,7 +39,7 @@ def release_parser() -> StudyParser:
     parser.add_argument("--corruptions", type=int, default=0, metavar="IMAGES", help="for common corruptions")
     parser.add_argument("--speed", action="store_true", help="time the training step first (in a checkout)")
     parser.add_argument(
-        "--official", type=Path, metavar="FOLDER", help="a checkout of the official code to time beside"
+        "--official", type=Path, metavar="FOLDER", help="a checkout of the official code, to time it too"
     )
     parser.add_argument("--pack", type=float, metavar="MIB", help="make an archive in parts of at most this size")
     return parser

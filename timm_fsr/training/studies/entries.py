@@ -49,14 +49,14 @@ class Entry:
         pairs = [pair.partition("=") for pair in filter(None, self.method.partition(":")[2].split(","))]
         return {key: read_yaml(value) for key, _, value in pairs}
 
-    def beside(self, method: str) -> Entry:
+    def counterpart(self, method: str) -> Entry:
         """The training of another method with the same objective and seed, at its own place."""
         return Entry(f"{self.objective}/{method}" if self.objective and "/" not in method else method, OWN, self.seed)
 
     @property
     def plain(self) -> Entry:
         """The same training of the plain network."""
-        return self.beside(PLAIN)
+        return self.counterpart(PLAIN)
 
     @property
     def name(self) -> str:

@@ -2,14 +2,14 @@
 
 In this order, and each only if it has not been done:
 
-1. With `speed`: the training step is timed, beside that of the official code if there is a checkout of it, and the
+1. With `speed`: the training step is timed, with that of the official code if there is a checkout of it, and the
    share of the machine's peak that it reaches is measured (`speed.json`, `peak.json`). It gets a third of the minutes.
 2. The comparison, then the images per second of each training (`throughput.json`).
 3. For each method to be released: of its seeds, the one with the best robust accuracy on its *held-out* images (which
    each seed draws again), its weights rounded to half precision, and these attacked again. Rounding that costs images
    of the worst case beyond chance (McNemar's test) is given up. `hub/<architecture>.<objective>_<suffix>/` then has
    weights, configuration, report, recipe and card, and `baseline.json` if the plain network was compared.
-4. With `pack`: everything but the states to resume from in one archive, in parts of at most so many MiB, with
+4. With `pack`: everything but the states to resume from in one archive, in parts of at most that many MiB, with
    checksums: `cat results.tar.* | tar x`, `sha256sum -c SHA256SUMS`. It is made whatever happened before.
 """
 
@@ -78,7 +78,7 @@ class Release:
         evidence: images for the gradient masking checks; 0 leaves them out.
         corruptions: images for the accuracy under common corruptions; 0 leaves it out.
         speed: time the training step first, by the checkout's benchmarks.
-        official: a checkout of the official code to time beside.
+        official: a checkout of the official code, to time it too.
         minutes: of the whole command, of which each timing gets a sixth; None sets no limit.
         license: of the weights, as the Hub names it.
         pack: MiB of a part of the archive; None makes none.
@@ -124,7 +124,7 @@ class Release:
             raise ValueError("--official is timed by --speed; add it")
         if self.comparison.part[1] > 1 and (self.methods or self.speed or self.pack):
             raise ValueError(
-                "--part is for the training and the attacks; leave --release, --speed and --pack out beside it"
+                "--part is for training and attacks alone; leave out --release, --speed and --pack, or leave out --part"
             )
         if self.speed:
             check_speed(self.base)

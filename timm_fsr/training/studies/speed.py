@@ -13,7 +13,7 @@ from timm_fsr.training.studies.study import say
 from timm_fsr.utils.files import write_text
 
 BENCHMARKS = (Path(timm_fsr.__file__).parents[1] / "benchmarks", Path("benchmarks"))
-"""Where they may be: beside a package that is used from its checkout, or in the folder that the command is run in."""
+"""Where they may be: next to a package that is used from its checkout, or in the folder that the command is run in."""
 
 
 def check_speed(recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ def measure_speed(recipe: Recipe, output: Path, *, device: str, official: Path |
         recipe: gives network, batch size, attack steps, precision and compiler.
         output: folder of the results; what it has of the same question is kept.
         device: such as "cuda".
-        official: a checkout of the official code to time beside.
+        official: a checkout of the official code, to time it too.
         minutes: each measurement is given up after a sixth of them; None sets no limit.
 
     Raises:

@@ -162,7 +162,7 @@ def pair(entry: Entry, method: str, reports: Mapping[Entry, Report]) -> dict[str
 
     None if that is not there or is the entry itself, or if one of both does not work.
     """
-    other = entry.beside(method)
+    other = entry.counterpart(method)
     if other not in reports or other == entry or reports[other].collapsed or reports[entry].collapsed:
         return None
     return dict(
